@@ -1,0 +1,73 @@
+"""Linear cross-entropy in plain XLA: logits exist for one chunk of tokens at a time.
+
+Shapes: T tokens, D hidden, V vocabulary, C tokens in a chunk.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+IGNORE = -100
+
+
+def _logits(x_CD, w_VD):
+    return jnp.einsum("cd,vd->cv", x_CD, w_VD, preferred_element_type=jnp.float32)
+
+
+def _label_hot(labels_C, vocab):
+    return labels_C[:, None] == jnp.arange(vocab, dtype=labels_C.dtype)[None, :]
+
+
+def nll_of_chunk(x_CD, w_VD, labels_C):
+    """Negative log-likelihood of each label [C]; 0 where the label is IGNORE."""
+    logits_CV = _logits(x_CD, w_VD)
+    label = jnp.take_along_axis(logits_CV, jnp.maximum(labels_C, 0)[:, None], axis=1)[:, 0]
+    return jnp.where(labels_C == IGNORE, 0.0, jax.nn.logsumexp(logits_CV, axis=1) - label)
+
+
+def nll_and_dx_of_chunk(x_CD, w_VD, labels_C):
+    """The same, with d nll[t] / d x[t] [C, D] from the very logits that the loss needed."""
+    dlogits_CV, nll_C = _dlogits(x_CD, w_VD, labels_C)
+    return nll_C, jnp.einsum("cv,vd->cd", dlogits_CV, w_VD)
+
+
+def dw_of_chunk(x_CD, w_VD, labels_C, dnll_C):
+    """The chunk's part of d (dnll . nll) / d w, float32 [V, D]."""
+    dlogits_CV, _ = _dlogits(x_CD, w_VD, labels_C)
+    weighted = dlogits_CV * dnll_C.astype(dlogits_CV.dtype)[:, None]
+    return jnp.einsum("cv,cd->vd", weighted, x_CD, preferred_element_type=jnp.float32)
+
+
+def _dlogits(x_CD, w_VD, labels_C):
+    logits_CV = _logits(x_CD, w_VD)
+    lse_C = jax.nn.logsumexp(logits_CV, axis=1)
+    label = jnp.take_along_axis(logits_CV, jnp.maximum(labels_C, 0)[:, None], axis=1)[:, 0]
+    trained_C = labels_C != IGNORE
+    dlogits = jnp.exp(logits_CV - lse_C[:, None]) - _label_hot(labels_C, logits_CV.shape[1])
+    dlogits = jnp.where(trained_C[:, None], dlogits, 0.0).astype(x_CD.dtype)
+    return dlogits, jnp.where(trained_C, lse_C - label, 0.0)
+
+
+def map_chunks(function, chunk: int, *arrays_T):
+    """`function` over chunks of the leading axis, results laid end to end again. The labels are the last array."""
+    out = lax.map(lambda cut: function(*cut), _cut(chunk, *arrays_T))
+    T = arrays_T[0].shape[0]
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:T], out)
+
+
+def sum_chunks(function, chunk: int, zero, *arrays_T):
+    """The sum of `function` over chunks, one chunk's result alive at a time. The labels are the last array."""
+    return lax.scan(lambda total, cut: (total + function(*cut), None), zero, _cut(chunk, *arrays_T))[0]
+
+
+def _cut(chunk: int, *arrays_T):
+    """[T, ...] -> [n, chunk, ...] each; the last array is the labels, whose padding is IGNORE."""
+    T = arrays_T[0].shape[0]
+    chunk = min(chunk, T)
+    fills = (0,) * (len(arrays_T) - 1) + (IGNORE,)
+
+    def cut(x, fill):
+        x = jnp.pad(x, [(0, -T % chunk)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
+        return x.reshape(-1, chunk, *x.shape[1:])
+
+    return tuple(map(cut, arrays_T, fills))

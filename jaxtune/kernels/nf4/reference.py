@@ -1,0 +1,75 @@
+"""NF4 in plain XLA: quantise, dequantise. This is what CPU and every GPU without a kernel run, and what kernels are
+held to. All arithmetic is float32 in bitsandbytes' order, so that codes, scales and values are bit-equal to its own.
+
+Shapes: N = out, K = in, NB = blocks of 64 in all, G = groups of 256 blocks.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxtune.kernels.nf4.layout import BLOCK, DYNAMIC_MAP, GROUP, VALUES, is_planar, pack, unpack
+
+_VALUE_EDGES = (VALUES[:-1] + VALUES[1:]) / 2
+_MAP_EDGES = (DYNAMIC_MAP[:-1] + DYNAMIC_MAP[1:]) / 2
+
+
+def quantize(w_NK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """w [N, K] -> packed codes uint8, absmax uint8 [N, K/64] (flat: [NB]), nested_absmax f32 [G], offset f32 []."""
+    shape = w_NK.shape
+    assert len(shape) == 2, shape
+    flat = w_NK.astype(jnp.float32).reshape(-1)
+    blocks = jnp.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
+    absmax = jnp.abs(blocks).max(axis=1)
+    # The reciprocal, then a product: two roundings, as bitsandbytes. A block of zeros gets code 7 everywhere.
+    inverse = lax.optimization_barrier(1.0 / jnp.where(absmax > 0, absmax, 1.0))
+    scaled = jnp.clip(blocks * inverse[:, None], -1, 1)
+    codes = _count_edges_below(scaled, _VALUE_EDGES).reshape(-1)[: flat.size].reshape(shape)
+    absmax_codes, nested_absmax, offset = quantize_absmax(absmax)
+    if is_planar(shape):
+        absmax_codes = absmax_codes.reshape(shape[0], -1)
+    return pack(codes), absmax_codes, nested_absmax, offset
+
+
+def quantize_absmax(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """absmax f32 [NB] -> bytes uint8 [NB], nested_absmax f32 [G], offset f32 []: scales of scales."""
+    offset = absmax.mean()
+    groups = jnp.pad(absmax - offset, (0, -absmax.size % GROUP)).reshape(-1, GROUP)
+    nested_absmax = jnp.abs(groups).max(axis=1)
+    inverse = lax.optimization_barrier(1.0 / jnp.where(nested_absmax > 0, nested_absmax, 1.0))
+    scaled = jnp.clip(groups * inverse[:, None], -1, 1)
+    # bitsandbytes looks the entry up on a grid of 65,536 points, so a value is first rounded to that grid.
+    grid = jnp.round(lax.optimization_barrier((scaled + 1.0) / 2.0) * 65535.0)
+    on_grid = lax.optimization_barrier(2.0 * grid / 65535.0) - 1.0
+    codes = jnp.searchsorted(_MAP_EDGES, on_grid.reshape(-1), side="left", method="sort").astype(jnp.uint8)
+    return codes[: absmax.size], nested_absmax, offset
+
+
+def decode_absmax(absmax: jax.Array, nested_absmax: jax.Array, offset: jax.Array) -> jax.Array:
+    """The float32 scale of every block, in the shape of `absmax`."""
+    groups = jnp.repeat(nested_absmax, GROUP)[: absmax.size].reshape(absmax.shape)
+    # The barrier keeps XLA from fusing product and sum into one rounding, which bitsandbytes does not.
+    return lax.optimization_barrier(jnp.asarray(DYNAMIC_MAP)[absmax] * groups) + offset
+
+
+def dequantize(
+    codes: jax.Array,
+    absmax: jax.Array,
+    nested_absmax: jax.Array,
+    offset: jax.Array,
+    *,
+    shape: tuple[int, int],
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """The weight [N, K] in `dtype`: value times scale in float32, rounded once."""
+    scales = decode_absmax(absmax, nested_absmax, offset)
+    values = jnp.asarray(VALUES)[unpack(codes, shape)]
+    weight = (values * scales[..., None]).astype(dtype)
+    return weight.reshape(-1)[: math.prod(shape)].reshape(shape)
+
+
+def _count_edges_below(x: jax.Array, edges) -> jax.Array:
+    """How many edges lie strictly below x: the code of the nearest value, ties to the lower one."""
+    return sum((x > edge).astype(jnp.uint8) for edge in edges)

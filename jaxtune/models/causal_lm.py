@@ -1,0 +1,87 @@
+"""CausalLM: an architecture and its adapter's settings as one frozen value, with the pure functions of a language model.
+
+It holds no arrays. `params` is a plain nested dict (packed where quantised), `lora` the adapter's tree or None;
+both are arguments, so that jit, grad and vmap see them.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxtune.lora.config import LoraConfig
+from jaxtune.lora.tree import with_scales
+from jaxtune.models.cache import KVCache
+from jaxtune.models.config import ModelConfig
+from jaxtune.models.decoder import Decoder, Remat
+
+Params = dict[str, Any]
+Lora = dict[str, Any]
+
+
+@functools.cache
+def _define(config: ModelConfig):
+    definition, state = nnx.split(jax.eval_shape(lambda: Decoder(config)))
+    return definition, nnx.to_pure_dict(state)
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalLM:
+    config: ModelConfig
+    lora_config: LoraConfig | None = None
+
+    @property
+    def skeleton(self) -> Params:
+        """The tree of `params` with shapes in place of arrays, layers stacked."""
+        return _define(self.config)[1]
+
+    def hidden(
+        self,
+        params: Params,
+        lora: Lora | None,
+        tokens_BT: jax.Array,
+        *,
+        segments_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        cache: KVCache | None = None,
+        remat: Remat | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Hidden states [B, T, M] after the final norm, and the cache (None without one).
+
+        `segments_BT` says which tokens see each other (0 is padding, so an attention mask will do); positions default
+        to counting the real tokens of a row, which is right for one sequence per row, padded on either side."""
+        if segments_BT is None:
+            segments_BT = jnp.ones(tokens_BT.shape, jnp.int32)
+        if positions_BT is None:
+            positions_BT = jnp.maximum(jnp.cumsum((segments_BT > 0).astype(jnp.int32), axis=1) - 1, 0)
+        if lora is not None:
+            if self.lora_config is None:
+                raise ValueError("an adapter tree was given, but this CausalLM has no lora_config to scale it by")
+            lora = with_scales(lora, self.lora_config)
+        decoder = nnx.merge(_define(self.config)[0], params)
+        return decoder(tokens_BT, segments_BT, positions_BT, lora, cache, remat)
+
+    def head(self, params: Params) -> jax.Array:
+        """The matrix [V, M] that turns hidden states into logits."""
+        return params["embed_tokens" if self.config.tie_word_embeddings else "lm_head"]["weight"]
+
+    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """Hidden states [..., M] -> logits [..., V] in float32."""
+        head_VM = self.head(params).astype(hidden.dtype)
+        return jnp.einsum("...m,vm->...v", hidden, head_VM, preferred_element_type=jnp.float32)
+
+    def apply(
+        self,
+        params: Params,
+        lora: Lora | None,
+        tokens_BT: jax.Array,
+        *,
+        segments_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits [B, T, V] in float32 of every token. Training never calls this: see `training.losses`."""
+        hidden, _ = self.hidden(params, lora, tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT)
+        return self.logits(params, hidden)

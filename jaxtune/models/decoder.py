@@ -1,0 +1,89 @@
+"""The decoder: embedding, stacked blocks under `lax.scan`, final norm; and the head as a separate product.
+
+`layers[s][p]` is one Block whose leaves carry a leading axis: the repeats of position p of segment s of the pattern.
+Called with tokens it returns hidden states: logits belong to the fused loss, or to the sampler's one last token.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jaxtune.models import rope
+from jaxtune.models.cache import KVCache, LayerCache
+from jaxtune.models.config import ModelConfig
+from jaxtune.models.parts import Block, Embedding, Linear, RMSNorm, Where, part
+
+Remat = Callable[[Callable], Callable]
+"""What to do with a block before it is scanned; `training.remat` has the named ones."""
+
+
+class Decoder(nnx.Module):
+    def __init__(self, c: ModelConfig):
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nnx.List(
+            nnx.List(_stack(c, len(layers) // period, c.windows[layers[p]]) for p in range(period))
+            for layers, period in c.segments
+        )
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        if not c.tie_word_embeddings:
+            self.lm_head = Linear(c.vocab_size, c.hidden_size)
+        self.rope_frequencies = nnx.static(tuple(rope.frequencies(c.rope, c.head_dim).tolist()))
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        segments_BT: jax.Array,
+        positions_BT: jax.Array,
+        lora=None,
+        cache: KVCache | None = None,
+        remat: Remat | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Hidden states [B, T, M] after the final norm, and the cache with these tokens in it."""
+        column = None if cache is None else cache.used
+        if cache is not None:
+            cache = cache.add_columns(segments_BT, positions_BT)
+        where = Where(
+            segments_BT,
+            positions_BT,
+            segments_BT if cache is None else cache.segments_BS,
+            positions_BT if cache is None else cache.positions_BS,
+            *rope.tables(positions_BT, jnp.asarray(self.rope_frequencies, jnp.float32)),
+            column,
+        )
+        x_BTM = self.embed_tokens(tokens_BT)
+        for s, blocks in enumerate(self.layers):
+            adapters = [part(part(part(lora, "layers"), s), p) for p in range(len(blocks))]
+            x_BTM, cache = _scan(list(blocks), adapters, x_BTM, where, cache, s, remat)
+        return self.norm(x_BTM), cache
+
+
+def _stack(c: ModelConfig, repeats: int, window: int | None) -> Block:
+    return jax.vmap(lambda _: Block(c, window))(jnp.arange(repeats))
+
+
+def _scan(blocks, adapters, x_BTM, where: Where, cache: KVCache | None, s: int, remat: Remat | None):
+    """One segment: the super-block (its p positions, one after the other) scanned over its repeats."""
+
+    def super_block(carry, layer):
+        x, stacks = carry
+        modules, loras, repeat = layer
+        out = []
+        for p, (module, lora) in enumerate(zip(modules, loras, strict=True)):
+            with jax.named_scope(f"block_{p}"):
+                mine = None if stacks is None else LayerCache(*stacks[p], repeat)
+                x, mine = module(x, where, lora, mine)
+                out.append(None if mine is None else (mine.keys, mine.values))
+        return (x, None if stacks is None else out), None
+
+    repeats = jax.tree.leaves(blocks)[0].shape[0]
+    stacks = None if cache is None else list(zip(cache.keys[s], cache.values[s], strict=True))
+    layers = (blocks, adapters, jnp.arange(repeats))
+    (x_BTM, stacks), _ = lax.scan(remat(super_block) if remat else super_block, (x_BTM, stacks), layers)
+    if cache is not None and stacks is not None:
+        keys, values = list(cache.keys), list(cache.values)
+        keys[s], values[s] = [k for k, _ in stacks], [v for _, v in stacks]
+        cache = KVCache(keys, values, cache.segments_BS, cache.positions_BS, cache.used)
+    return x_BTM, cache
