@@ -1,0 +1,47 @@
+"""jaxtune: fine-tune language models in JAX.
+
+A façade: names only. Each is imported from where it lives when it is first used, so `import jaxtune` costs
+milliseconds and loads neither jax nor transformers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jaxtune.version import __version__
+
+if TYPE_CHECKING:
+    from jaxtune.api import FastLanguageModel, LanguageModel
+    from jaxtune.data.masking import train_on_responses_only
+    from jaxtune.data.templates import get_chat_template
+    from jaxtune.training import SFTConfig, SFTTrainer
+
+_HOME = {
+    "FastLanguageModel": "jaxtune.api",
+    "LanguageModel": "jaxtune.api",
+    "SFTConfig": "jaxtune.training",
+    "SFTTrainer": "jaxtune.training",
+    "get_chat_template": "jaxtune.data.templates",
+    "train_on_responses_only": "jaxtune.data.masking",
+}
+
+__all__ = [
+    "FastLanguageModel",
+    "LanguageModel",
+    "SFTConfig",
+    "SFTTrainer",
+    "__version__",
+    "get_chat_template",
+    "train_on_responses_only",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'jaxtune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

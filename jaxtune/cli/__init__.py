@@ -1,0 +1,1 @@
+"""The command line: `jaxtune doctor`, one module per command."""

@@ -15,7 +15,7 @@ def _logits(x_CD, w_VD):
 
 
 def _label_hot(labels_C, vocab):
-    return labels_C[:, None] == jnp.arange(vocab, dtype=labels_C.dtype)[None, :]
+    return jax.nn.one_hot(labels_C, vocab, dtype=jnp.float32)  # all zeros where the label is IGNORE
 
 
 def nll_of_chunk(x_CD, w_VD, labels_C):

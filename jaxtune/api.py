@@ -1,0 +1,269 @@
+"""The names that users know: `FastLanguageModel.from_pretrained` and `.get_peft_model`, and the `LanguageModel` that
+they return, with `generate`, `save_pretrained`, and underneath `params`, `lora` and the pure `apply`."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune.errors import AdapterError, OptionError, UnsupportedModelError
+from jaxtune.export.adapter import save_adapter
+from jaxtune.inference.generate import generate
+from jaxtune.loading import adapter as adapters
+from jaxtune.loading.checkpoint import Checkpoint
+from jaxtune.loading.config import read_config
+from jaxtune.loading.hub import resolve
+from jaxtune.loading.load import load_params
+from jaxtune.loading.tokenizer import load_tokenizer
+from jaxtune.log import get_logger
+from jaxtune.lora import tree as lora_tree
+from jaxtune.lora.config import PROJECTIONS, LoraConfig
+from jaxtune.models import names
+from jaxtune.models.causal_lm import CausalLM, Lora, Params
+from jaxtune.models.families import FAMILIES
+from jaxtune.options import ANY, mirrors
+
+log = get_logger(__name__)
+
+_LOAD_WITHOUT_EFFECT = {
+    "device_map": ANY,
+    "fix_tokenizer": ANY,
+    "trust_remote_code": False,
+    "use_exact_model_name": ANY,
+    "random_state": ANY,
+    "disable_log_stats": ANY,
+    "load_in_8bit": False,
+    "load_in_fp8": False,
+    "full_finetuning": False,
+    "fast_inference": False,
+    "rope_scaling": None,
+    "resize_model_vocab": None,
+}
+_LORA_WITHOUT_EFFECT = {
+    "bias": "none",
+    "lora_dropout": (0, 0.0),
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "modules_to_save": None,
+    "init_lora_weights": True,
+    "loftq_config": (None, {}),
+    "use_dora": False,
+    "max_seq_length": ANY,
+    "temporary_location": ANY,
+}
+
+
+@dataclasses.dataclass(eq=False)
+class LanguageModel:
+    """A loaded model. `params` and `lora` are plain nested dicts of arrays; `causal_lm` holds the pure functions."""
+
+    causal_lm: CausalLM
+    params: Params
+    lora: Lora | None = None
+    tokenizer: Any = None
+    name_or_path: str = ""
+    """Where the base came from: what an adapter's config will name."""
+    revision: str | None = None
+    max_seq_length: int = 2048
+    gradient_checkpointing: bool | str = "unsloth"
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end a generation."""
+
+    def apply(self, params: Params, lora: Lora | None, tokens: jax.Array, **where: jax.Array) -> jax.Array:
+        """Logits [B, T, V] in float32, as a pure function; `lora=None` is the base model. See `CausalLM.apply`."""
+        return self.causal_lm.apply(params, lora, tokens, **where)
+
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        max_new_tokens: int = 128,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """Prompts [B, P] (an array, a torch tensor, nested lists, or a tokenizer's output) -> ids [B, P + new], as
+        transformers' `generate`: the prompt as it was given, then the new tokens, padded on the right."""
+        if isinstance(input_ids, Mapping):
+            input_ids, attention_mask = input_ids["input_ids"], input_ids.get("attention_mask")
+        rows = [np.asarray(row, np.int32).reshape(-1) for row in input_ids]
+        masks = [np.ones(len(row), bool) for row in rows]
+        if attention_mask is not None:
+            masks = [np.asarray(mask).astype(bool).reshape(-1) for mask in attention_mask]
+        stops = self.stop_ids if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
+        new = generate(
+            self.causal_lm,
+            self.params,
+            self.lora,
+            [row[mask].tolist() for row, mask in zip(rows, masks, strict=True)],
+            max_new_tokens=max_new_tokens,
+            stop_ids=tuple(stops),
+            temperature=temperature if do_sample else None,
+            key=jax.random.key(seed),
+        )
+        whole = [np.concatenate([row, np.asarray(more, np.int32)]) for row, more in zip(rows, new, strict=True)]
+        pad = self._pad_id(stops) if pad_token_id is None else pad_token_id
+        longest = max(map(len, whole))
+        return np.stack([np.pad(row, (0, longest - len(row)), constant_values=pad) for row in whole])
+
+    def save_pretrained(self, save_directory: str | Path, tokenizer: Any = None) -> None:
+        """Writes the adapter as a PEFT folder (and the tokenizer, if given)."""
+        if self.lora is None or self.causal_lm.lora_config is None:
+            raise AdapterError(
+                "This model has no adapter to save.",
+                expected="a model that went through get_peft_model.",
+                fix="Call FastLanguageModel.get_peft_model first.",
+            )
+        save_adapter(
+            save_directory,
+            self.lora,
+            self.causal_lm.lora_config,
+            self.module_names,
+            base=self.name_or_path,
+            revision=self.revision,
+            tokenizer=tokenizer,
+        )
+
+    def module_names(self, path: names.Path) -> list[str]:
+        """The Hugging Face name of each repeat of a stacked module."""
+        return names.hf_names(self.causal_lm.config, path)
+
+    def print_trainable_parameters(self) -> None:
+        trained = 0 if self.lora is None else lora_tree.count(self.lora)
+        base = sum(leaf.size for leaf in jax.tree.leaves(self.causal_lm.skeleton))
+        total = base + trained
+        print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
+
+    def _pad_id(self, stops: Sequence[int]) -> int:
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        return pad if pad is not None else next(iter(stops), 0)
+
+
+class FastLanguageModel:
+    """Unsloth's entry points. Nothing is patched; both return values, and leave what they were given as it was."""
+
+    @staticmethod
+    @mirrors(_LOAD_WITHOUT_EFFECT)
+    def from_pretrained(
+        model_name: str | Path,
+        max_seq_length: int = 2048,
+        dtype: Any = None,
+        load_in_4bit: bool | None = None,
+        load_in_16bit: bool = False,
+        token: str | None = None,
+        revision: str | None = None,
+        use_gradient_checkpointing: bool | str = "unsloth",
+    ) -> tuple[LanguageModel, Any]:
+        """(model, tokenizer) from a hub id, a folder, or a PEFT adapter's id or folder (its base is found and loaded).
+
+        Weights are packed in 4 bits unless `load_in_16bit=True` or `load_in_4bit=False`, which keep them in `dtype`;
+        `dtype=None` is bfloat16 on a GPU and float32 on a CPU."""
+        if load_in_4bit and load_in_16bit:
+            raise OptionError(
+                "from_pretrained was given load_in_4bit=True and load_in_16bit=True.",
+                expected="one precision.",
+                fix="Leave one of them out.",
+            )
+        in_4bit = not load_in_16bit if load_in_4bit is None else load_in_4bit
+        folder = resolve(model_name, revision=revision, token=token)
+        adapter, tokenizer_folder = None, folder
+        if adapters.is_adapter(folder):
+            adapter = adapters.read_config(folder)
+            model_name, revision = adapter.base, adapter.revision
+            folder = resolve(model_name, revision=revision, token=token)
+            if not (tokenizer_folder / "tokenizer.json").is_file():
+                tokenizer_folder = folder
+        hf = read_config(folder, supported=FAMILIES)
+        _refuse_quantized(hf, folder)
+        causal_lm = CausalLM(FAMILIES[hf["model_type"]](hf))
+        if adapter is not None:
+            causal_lm = dataclasses.replace(causal_lm, lora_config=adapter.config)
+        tokenizer = load_tokenizer(tokenizer_folder)
+        with Checkpoint(folder) as checkpoint:
+            params = load_params(causal_lm, checkpoint, dtype=compute_dtype(dtype), in_4bit=in_4bit)
+        lora = None
+        if adapter is not None:
+            lora = jax.tree.map(jnp.asarray, adapters.read_weights(adapter, causal_lm))
+        model = LanguageModel(
+            causal_lm,
+            params,
+            lora,
+            tokenizer,
+            name_or_path=str(model_name),
+            revision=revision,
+            max_seq_length=max_seq_length,
+            gradient_checkpointing=use_gradient_checkpointing,
+            stop_ids=_stop_ids(folder, hf, tokenizer),
+        )
+        return model, tokenizer
+
+    @staticmethod
+    @mirrors(_LORA_WITHOUT_EFFECT)
+    def get_peft_model(
+        model: LanguageModel,
+        r: int = 16,
+        target_modules: Sequence[str] | str = PROJECTIONS,
+        lora_alpha: float = 16,
+        use_gradient_checkpointing: bool | str | None = None,
+        random_state: int = 3407,
+        use_rslora: bool = False,
+    ) -> LanguageModel:
+        """The same base with a fresh adapter, which changes nothing until it is trained."""
+        config = LoraConfig(
+            r=r,
+            lora_alpha=lora_alpha,
+            target_modules=target_modules if isinstance(target_modules, str) else tuple(target_modules),
+            use_rslora=use_rslora,
+        )
+        causal_lm = dataclasses.replace(model.causal_lm, lora_config=config)
+        lora = lora_tree.init(causal_lm.skeleton, config, model.module_names, jax.random.key(random_state))
+        checkpointing = model.gradient_checkpointing if use_gradient_checkpointing is None else use_gradient_checkpointing
+        return dataclasses.replace(model, causal_lm=causal_lm, lora=lora, gradient_checkpointing=checkpointing)
+
+    @staticmethod
+    def for_inference(model: LanguageModel) -> LanguageModel:
+        """The model itself: nothing needs switching."""
+        return model
+
+    @staticmethod
+    def for_training(model: LanguageModel) -> LanguageModel:
+        """The model itself: nothing needs switching."""
+        return model
+
+
+def compute_dtype(dtype: Any) -> jnp.dtype:
+    """A name, a numpy, JAX or torch dtype, or None for this machine's best -> float32, bfloat16 or float16."""
+    if dtype is None:
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    name = str(dtype).removeprefix("torch.") if "torch" in str(dtype) else jnp.dtype(dtype).name
+    if name not in ("float32", "bfloat16", "float16"):
+        raise OptionError(
+            f"dtype={dtype!r}.", expected="float32, bfloat16, float16 or None.", fix="Leave dtype out for the default."
+        )
+    return jnp.dtype(name)
+
+
+def _refuse_quantized(hf: dict, folder: Path) -> None:
+    quantization = hf.get("quantization_config")
+    if quantization:
+        raise UnsupportedModelError(
+            f"{folder} holds weights that are already quantised ({quantization.get('quant_method', 'unknown method')}).",
+            expected="a 16-bit or 32-bit checkpoint: load_in_4bit quantises it while it loads.",
+            fix="Name the original model instead of its quantised copy.",
+        )
+
+
+def _stop_ids(folder: Path, hf: dict, tokenizer: Any) -> tuple[int, ...]:
+    """Every token that the model's files call an end: generation_config.json first, then the config, the tokenizer."""
+    path = folder / "generation_config.json"
+    generation = json.loads(path.read_text()) if path.is_file() else {}
+    found = [generation.get("eos_token_id") or hf.get("eos_token_id"), tokenizer.eos_token_id]
+    return tuple(dict.fromkeys(int(i) for ids in found if ids is not None for i in np.atleast_1d(ids)))

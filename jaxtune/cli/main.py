@@ -1,0 +1,40 @@
+"""`jaxtune <command>`: picks the command and turns jaxtune's own errors into one message and exit code 1.
+
+A command is a function whose arguments tyro turns into options and that returns the exit code. Heavy imports belong
+inside it, so that `--help` and `--version` answer at once.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+import tyro
+
+from jaxtune import log
+from jaxtune.cli.doctor import doctor
+from jaxtune.errors import JaxtuneError
+from jaxtune.version import __version__
+
+COMMANDS: dict[str, Callable[..., int]] = {"doctor": doctor}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if list(arguments) == ["--version"]:
+        print(f"jaxtune {__version__}")
+        return 0
+    log.show()
+    try:
+        return tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="jaxtune",
+            description=f"Fine-tunes language models in JAX. Version {__version__} (also: jaxtune --version).",
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except JaxtuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

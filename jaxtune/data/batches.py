@@ -1,0 +1,161 @@
+"""The steps of a run as arrays: `BatchStream` goes through the samples epoch by epoch in a reproducible order, lays
+those of each step end to end in rows (see layout.py), and can be put back to where it was."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxtune.data.layout import Limits, Shape, cheapest_fit, shape_menu, spread
+from jaxtune.data.sample import IGNORED, Sample
+from jaxtune.errors import DatasetError, OptionError
+
+type Batch = dict[str, np.ndarray]
+"""`tokens`, `labels`, `segment_ids`, `positions`: int32 [A, R, L], micro-batches of rows of tokens. `labels` holds the
+token to predict at each place (the sample's next one), -100 where there is none; `segment_ids` counts a row's samples
+from 1, 0 is padding; `positions` starts again with every sample."""
+
+STEPS_FOR_MENU = 512  # looked at to choose the shapes; takes about 0.1 s
+
+
+class StepInfo(NamedTuple):
+    """What is worth knowing about a batch besides its arrays."""
+
+    epoch: float  # epochs done once this step is
+    num_samples: int
+    num_tokens: int  # of samples, without padding
+    trained_tokens: int  # those with a label
+    efficiency: float  # num_tokens by the places that the arrays have
+
+
+class BatchStream:
+    """Endless `(Batch, StepInfo)` pairs. A step has the next `batch_size * accumulation` samples of its epoch; the last
+    step of an epoch has what is left, as in the Hugging Face Trainer."""
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        batch_size: int,
+        accumulation: int = 1,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+    ):
+        for name, value in (
+            ("per_device_train_batch_size", batch_size),
+            ("gradient_accumulation_steps", accumulation),
+        ):
+            if value < 1:
+                raise OptionError(
+                    f"{name} is {value}.",
+                    expected="at least 1.",
+                    fix="Set it to 1; smaller steps there are none.",
+                )
+        if not samples:
+            raise DatasetError(
+                "there are no samples to make batches of.",
+                expected="at least one sample.",
+                fix="Check what `prepare` or a filter has left of the dataset.",
+            )
+        self._samples = samples
+        self._lengths = [len(sample.input_ids) for sample in samples]
+        self._seed, self._shuffle = seed, shuffle
+        self._step_size = min(batch_size * accumulation, len(samples))
+        self._epoch, self._cursor = 0, 0
+        self._order = self._order_of(0)
+        limits = Limits(accumulation, batch_size, max(self._lengths))
+        self.shapes: tuple[Shape, ...] = shape_menu(
+            list(islice(self._step_lengths(), STEPS_FOR_MENU)), limits
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self._samples) // self._step_size)
+
+    def __iter__(self) -> Iterator[tuple[Batch, StepInfo]]:
+        return self
+
+    def __next__(self) -> tuple[Batch, StepInfo]:
+        members = self._order[self._cursor : self._cursor + self._step_size].tolist()
+        samples = [self._samples[member] for member in members]
+        shape = cheapest_fit([self._lengths[member] for member in members], self.shapes)
+        batch = lay_out(samples, shape)
+        self._cursor += len(members)
+        steps = -(-self._cursor // self._step_size)
+        info = StepInfo(
+            epoch=self._epoch + steps / self.steps_per_epoch,
+            num_samples=len(samples),
+            num_tokens=(num_tokens := sum(self._lengths[member] for member in members)),
+            trained_tokens=sum(sample.num_trained for sample in samples),
+            efficiency=num_tokens / batch["tokens"].size,
+        )
+        if self._cursor == len(self._samples):
+            self._go_to(self._epoch + 1, 0)
+        return batch, info
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream is, for JSON: the batch that comes next is the first that a restored stream yields."""
+        return {
+            "epoch": self._epoch,
+            "cursor": self._cursor,
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "num_samples": len(self._samples),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`, which has to be of the same samples in the same order."""
+        for name in ("num_samples", "seed", "shuffle"):
+            if state[name] != self.state()[name]:
+                raise DatasetError(
+                    f"the data position was saved with {name}={state[name]}, and now it is {self.state()[name]}.",
+                    expected="the dataset, its preparation and the seed of the run that is resumed.",
+                    fix="Restore them, or start a new run without resume_from_checkpoint.",
+                )
+        self._go_to(state["epoch"], state["cursor"])
+
+    def _go_to(self, epoch: int, cursor: int) -> None:
+        self._epoch, self._cursor, self._order = epoch, cursor, self._order_of(epoch)
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        return (
+            epoch_order(len(self._samples), self._seed, epoch)
+            if self._shuffle
+            else np.arange(len(self._samples))
+        )
+
+    def _step_lengths(self) -> Iterator[list[int]]:
+        """The samples' lengths in each step, epoch after epoch. (The menu of shapes follows from these, and so is the
+        same in a resumed run.)"""
+        for epoch in range(STEPS_FOR_MENU):
+            order = self._order_of(epoch).tolist()
+            for start in range(0, len(order), self._step_size):
+                yield [self._lengths[member] for member in order[start : start + self._step_size]]
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of the samples that depends on seed and epoch alone: not on other random numbers drawn, and not on
+    numpy's version, which promises stable raw bits but not stable shuffles."""
+    bits = np.random.Philox(key=[seed % 2**64, epoch]).random_raw(num_samples)
+    return np.argsort(bits, kind="stable")
+
+
+def lay_out(samples: Sequence[Sample], shape: Shape) -> Batch:
+    """The samples end to end in the rows of a batch of this shape, none cut."""
+    batch = {
+        name: np.zeros(shape, dtype=np.int32) for name in ("tokens", "labels", "segment_ids", "positions")
+    }
+    batch["labels"].fill(IGNORED)
+    rows = {name: array.reshape(shape.all_rows, shape.length) for name, array in batch.items()}
+    for row, members in enumerate(spread([len(sample.input_ids) for sample in samples], shape.all_rows)):
+        start = 0
+        for segment, member in enumerate(members, start=1):
+            sample = samples[member]
+            end = start + len(sample.input_ids)
+            rows["tokens"][row, start:end] = sample.input_ids
+            rows["labels"][row, start : end - 1] = sample.labels[1:]
+            rows["segment_ids"][row, start:end] = segment
+            rows["positions"][row, start:end] = np.arange(end - start)
+            start = end
+    return batch

@@ -1,0 +1,174 @@
+"""From dataset rows to `Sample`s: `prepare` recognises the form of a dataset as TRL does, tokenises it, truncates it,
+and says in one line each what it dropped, cut or doubts."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import batched
+from typing import TYPE_CHECKING, Any
+
+from jaxtune.data import readers
+from jaxtune.data.readers import Chunk, Encoded, Reading
+from jaxtune.data.rows import Row, iterate_rows
+from jaxtune.data.sample import Sample
+from jaxtune.errors import DatasetError, OptionError, nearest
+from jaxtune.log import get_logger
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+log = get_logger(__name__)
+
+CHUNK_ROWS = 1000  # enough for the tokenizer to use its cores, little enough to hold the texts in memory
+
+KNOWN_FORMS = "`text`, `messages`, `prompt` with `completion`, or `input_ids`"
+
+
+def prepare(
+    rows: Any,
+    tokenizer: "Tokenizer",
+    *,
+    text_field: str = "text",
+    formatting_func: Callable[[Row], str | list[str]] | None = None,
+    max_length: int | None,
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = False,
+) -> list[Sample]:
+    """Tokenised samples of a dataset, in its order.
+
+    Args:
+        rows: a `datasets.Dataset`, a list of dicts, or another iterable of dict rows.
+        tokenizer: of transformers; its chat template renders conversations.
+        text_field: the column with plain text.
+        formatting_func: makes the text (or several) of a row; takes the place of every column but `input_ids`.
+        max_length: longer samples keep their first `max_length` tokens; None keeps all.
+        completion_only_loss: train on the completion only. None: where the data says what that is (a `prompt` with a
+            `completion`, or a `completion_mask`).
+        assistant_only_loss: train only on what the assistant wrote in conversations.
+    """
+    if max_length is not None and max_length < 2:
+        raise OptionError(
+            f"max_length is {max_length}.",
+            expected="at least 2: one token, and one to predict from it; or None for no limit.",
+            fix="Set max_length (max_seq_length) to what memory allows, 2048 for example.",
+        )
+    reading = Reading(tokenizer, text_field, formatting_func, completion_only_loss, assistant_only_loss)
+    samples, seen = [], _Tally()
+    for encoded in _read(iterate_rows(rows), reading):
+        seen.count(encoded, max_length)
+        sample = Sample(encoded.ids[:max_length], encoded.labels[:max_length])
+        if sample.num_trained:
+            samples.append(sample)
+    seen.report(len(samples), max_length)
+    if not samples:
+        raise seen.nothing_left(max_length)
+    return samples
+
+
+@dataclass
+class _Tally:
+    """What happened to the samples on the way, to be said once and not once for each."""
+
+    total: int = 0
+    empty: int = 0
+    cut: int = 0
+    moved_borders: list[int] = field(default_factory=list)  # rows
+
+    def count(self, encoded: Encoded, max_length: int | None) -> None:
+        self.total += 1
+        self.empty += not len(encoded.ids)
+        self.cut += max_length is not None and len(encoded.ids) > max_length
+        if encoded.border_moved:
+            self.moved_borders.append(encoded.row)
+
+    def report(self, kept: int, max_length: int | None) -> None:
+        if self.cut:
+            log.info("%d of %d samples are cut to max_length=%d tokens", self.cut, self.total, max_length)
+        if self.empty:
+            log.warning("dropped %d of %d samples: they are empty", self.empty, self.total)
+        if untrained := self.total - self.empty - kept:
+            log.warning("dropped %d of %d samples: no token in them is trained on", untrained, self.total)
+        if self.moved_borders:
+            log.warning(
+                "in %d of %d samples (first in row %d) the tokens of prompt + completion do not begin with those of "
+                "the prompt alone, so where the loss begins is approximate: a space between them belongs to the "
+                "completion, not to the prompt",
+                len(self.moved_borders),
+                self.total,
+                self.moved_borders[0],
+            )
+
+    def nothing_left(self, max_length: int | None) -> DatasetError:
+        if self.empty == self.total:
+            return DatasetError(
+                f"all {self.total} samples of the dataset are empty.",
+                expected="rows with text.",
+                fix="Check the columns' contents, and what formatting_func returns.",
+            )
+        fix = "Look at one row: is there an assistant turn or a completion in it, or is every label -100?"
+        if self.cut:
+            fix = f"Raise max_length: the prompts of {self.cut} samples are cut at {max_length} tokens. {fix}"
+        return DatasetError(
+            f"none of the {self.total} samples has a token to train on ({self.empty} are empty).",
+            expected="labels other than -100 after the first token of at least one sample.",
+            fix=fix,
+        )
+
+
+def _read(rows: Iterator[Row], reading: Reading) -> Iterator[Encoded]:
+    read = None
+    for chunk in batched(enumerate(rows), CHUNK_ROWS):
+        read = read or _reader_for(chunk[0][1], reading)
+        yield from read(chunk, reading)
+
+
+def _reader_for(row: Row, reading: Reading) -> Callable[[Chunk, Reading], Iterator[Encoded]]:
+    """The reader for datasets with this first row. Refuses loss options that such a dataset cannot honour."""
+    if "input_ids" in row:
+        if reading.formatting_func is not None:
+            log.warning(
+                "formatting_func is not called: the dataset is tokenised already (it has `input_ids`)"
+            )
+        return readers.read_tokenised
+    if reading.formatting_func is not None:
+        _refuse(
+            reading, "is plain text made by formatting_func", "completion_only_loss", "assistant_only_loss"
+        )
+        return readers.read_text
+    if "prompt" in row and "completion" in row:
+        if not isinstance(row["prompt"], str):
+            return readers.read_chat_prompt_completion
+        _refuse(reading, "holds plain prompts and completions", "assistant_only_loss")
+        return readers.read_prompt_completion
+    if "messages" in row:
+        _refuse(reading, "holds whole conversations", "completion_only_loss")
+        return readers.read_messages
+    if reading.text_field in row:
+        _refuse(reading, "holds plain text", "completion_only_loss", "assistant_only_loss")
+        return readers.read_text
+    raise _no_known_column(list(row), reading.text_field)
+
+
+def _refuse(reading: Reading, data: str, *options: str) -> None:
+    forms = {
+        "completion_only_loss": "a dataset with `prompt` and `completion`",
+        "assistant_only_loss": "a dataset with conversations: `messages`, or `prompt` and `completion` as messages",
+    }
+    for option in options:
+        if getattr(reading, option):
+            raise DatasetError(
+                f"{option}=True, but the dataset {data}.",
+                expected=f"{forms[option]}, which says what to train on.",
+                fix=f"Bring the dataset to that form, or leave {option} out. For text that a chat template wrote, "
+                "`train_on_responses_only(trainer)` finds the answers.",
+            )
+
+
+def _no_known_column(columns: list[str], text_field: str) -> DatasetError:
+    wanted = dict.fromkeys([text_field, "text", "messages", "prompt", "completion", "input_ids"])
+    hint = next((hint for name in wanted if (hint := nearest(name, columns))), "")
+    return DatasetError(
+        f"the dataset has the columns {columns}: no {text_field!r}, and no other form that is known.",
+        expected=f"{KNOWN_FORMS}.",
+        fix="Name the column of the text (dataset_text_field), pass formatting_func, or rename the columns."
+        + hint,
+    )

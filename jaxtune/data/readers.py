@@ -1,0 +1,199 @@
+"""One reader for each form of dataset row that TRL knows: from a chunk of rows to token ids and labels.
+
+A chunk, because a tokenizer is many times faster on many texts at once than on one after the other.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from jaxtune.data import encoding
+from jaxtune.data.rows import (
+    Row,
+    bad_row,
+    formatted_texts,
+    integers_field,
+    messages_field,
+    template_options,
+    text_field,
+)
+from jaxtune.data.sample import IGNORED
+from jaxtune.data.templates import masking_template
+from jaxtune.errors import ChatTemplateError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+type Chunk = Sequence[tuple[int, Row]]  # rows with their index in the dataset, which messages name
+
+
+class Encoded(NamedTuple):
+    """Token ids and labels, int32, of one sample that is not truncated yet; empty where the row holds nothing."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    row: int
+    border_moved: bool = (
+        False  # prompt + completion tokenises to something that does not start with the prompt
+    )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the readers need besides the rows. The fields mean what they mean in `prepare`."""
+
+    tokenizer: "Tokenizer"
+    text_field: str
+    formatting_func: Callable[[Row], str | list[str]] | None
+    completion_only_loss: bool | None
+    assistant_only_loss: bool
+
+
+def read_tokenised(chunk: Chunk, reading: Reading) -> Iterator[Encoded]:
+    """`input_ids`, with `labels` (taken as they are) or masks (combined), or trained on whole."""
+    vocabulary = len(reading.tokenizer)
+    needed = {"completion_mask": reading.completion_only_loss, "assistant_masks": reading.assistant_only_loss}
+    for index, row in chunk:
+        ids = integers_field(row, index, "input_ids")
+        if ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:
+            # An embedding lookup in jax clamps such an id without a word: this is where it can still be noticed.
+            found = f"has token ids from {ids.min()} to {ids.max()}"
+            fix = "Tokenise the dataset with this model's tokenizer."
+            raise bad_row(index, found, f"ids from 0 to {vocabulary - 1}, the tokenizer's size", fix)
+        if "labels" in row:
+            yield Encoded(ids, integers_field(row, index, "labels", len(ids)), index)
+            continue
+        if missing := [column for column, need in needed.items() if need and column not in row]:
+            raise bad_row(
+                index,
+                f"has neither {missing[0]!r} nor 'labels'",
+                "a mask, as completion_only_loss or assistant_only_loss asks for a part of the tokens",
+                "Add the column, or switch that option off.",
+            )
+        trained = np.ones(len(ids), dtype=bool)
+        for column in needed:
+            if column in row and not (column == "completion_mask" and reading.completion_only_loss is False):
+                trained &= integers_field(row, index, column, len(ids)).astype(bool)
+        yield _sample(ids, trained, index)
+
+
+def read_text(chunk: Chunk, reading: Reading) -> Iterator[Encoded]:
+    """Plain text from a column or from formatting_func: trained on whole, and ended with eos."""
+    texts, rows = [], []
+    for index, row in chunk:
+        if reading.formatting_func is None:
+            new = [text_field(row, index, reading.text_field)]
+        else:
+            new = formatted_texts(row, index, reading.formatting_func)
+        texts += new
+        rows += [index] * len(new)
+    for text, ids, index in zip(texts, _encode_ended(reading.tokenizer, texts), rows, strict=True):
+        yield _whole(ids if text.strip() else [], index)
+
+
+def read_prompt_completion(chunk: Chunk, reading: Reading) -> Iterator[Encoded]:
+    prompts = [text_field(row, index, "prompt") for index, row in chunk]
+    texts = [
+        prompt + text_field(row, index, "completion")
+        for prompt, (index, row) in zip(prompts, chunk, strict=True)
+    ]
+    prompt_ids = encoding.encode_texts(reading.tokenizer, prompts)
+    text_ids = _encode_ended(reading.tokenizer, texts)
+    for text, before, ids, (index, _) in zip(texts, prompt_ids, text_ids, chunk, strict=True):
+        if not text.strip():
+            yield _whole([], index)
+            continue
+        # Where prompt and completion share a token, it holds some of the completion: train on it.
+        border = next((at for at, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
+        trained = np.arange(len(ids)) >= border if reading.completion_only_loss is not False else True
+        yield _sample(ids, trained, index, border_moved=border < len(before))
+
+
+def read_messages(chunk: Chunk, reading: Reading) -> Iterator[Encoded]:
+    chats = [messages_field(row, index, "messages") for index, row in chunk]
+    for (index, _), (ids, by_assistant) in zip(chunk, _encode_chats(chunk, chats, reading), strict=True):
+        yield _sample(ids, by_assistant, index)
+
+
+def read_chat_prompt_completion(chunk: Chunk, reading: Reading) -> Iterator[Encoded]:
+    prompts = [messages_field(row, index, "prompt") for index, row in chunk]
+    chats = [
+        prompt + messages_field(row, index, "completion")
+        for prompt, (index, row) in zip(prompts, chunk, strict=True)
+    ]
+    rendered = [
+        encoding.render_chat(
+            reading.tokenizer,
+            prompt,
+            what=_named(index),
+            add_generation_prompt=True,
+            **template_options(row, index),
+        )
+        for prompt, (index, row) in zip(prompts, chunk, strict=True)
+    ]
+    prompt_ids = encoding.encode_verbatim(reading.tokenizer, rendered)
+    encoded = _encode_chats(chunk, chats, reading)
+    for before, (index, _), (ids, by_assistant) in zip(prompt_ids, chunk, encoded, strict=True):
+        # Unlike in plain text, the first difference may lie deep in the prompt (a template that drops the reasoning
+        # of earlier turns), so the border is where the prompt ends when it is alone, as in TRL.
+        completion = np.arange(len(ids)) >= len(before) if reading.completion_only_loss is not False else True
+        yield _sample(ids, by_assistant & completion, index, border_moved=ids[: len(before)] != before)
+
+
+def _encode_chats(
+    chunk: Chunk, chats: list[list[Row]], reading: Reading
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Token ids, and which of them the assistant wrote (all of them, where that is not asked for)."""
+    options = [template_options(row, index) for index, row in chunk]
+    rows = [(chat, index, kwargs) for chat, (index, _), kwargs in zip(chats, chunk, options, strict=True)]
+    if not reading.assistant_only_loss:
+        rendered = [
+            encoding.render_chat(reading.tokenizer, chat, what=_named(index), **kwargs) if chat else ""
+            for chat, index, kwargs in rows
+        ]
+        for ids in encoding.encode_verbatim(reading.tokenizer, rendered):
+            yield ids, np.ones(len(ids), dtype=bool)
+        return
+    template = _assistant_template(reading.tokenizer)
+    for chat, index, kwargs in rows:
+        if chat:
+            kwargs = {**kwargs, "chat_template": template}
+            yield encoding.encode_chat_with_mask(reading.tokenizer, chat, what=_named(index), **kwargs)
+        else:
+            yield [], np.zeros(0, dtype=bool)
+
+
+def _assistant_template(tokenizer: "Tokenizer") -> str:
+    encoding.require_chat_template(tokenizer)
+    template = masking_template(tokenizer)
+    if template is None:
+        raise ChatTemplateError(
+            "assistant_only_loss=True, but the tokenizer's chat template does not mark what the assistant writes.",
+            expected="a template with {% generation %} ... {% endgeneration %} around the assistant's turns.",
+            fix="Use `get_chat_template` with a named template, add the markers to yours, or set "
+            "assistant_only_loss=False and call `train_on_responses_only(trainer)`.",
+        )
+    return template
+
+
+def _encode_ended(tokenizer: "Tokenizer", texts: Sequence[str]) -> list[list[int]]:
+    """Texts that end here: with the tokenizer's eos, which a text that ends with it already does not get twice."""
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [ids if ids[-1:] == eos else ids + eos for ids in encoding.encode_texts(tokenizer, texts)]
+
+
+def _sample(
+    ids: Sequence[int] | np.ndarray, trained: np.ndarray | bool, row: int, border_moved: bool = False
+) -> Encoded:
+    ids = np.asarray(ids, dtype=np.int32)
+    return Encoded(ids, np.where(trained, ids, np.int32(IGNORED)), row, border_moved)
+
+
+def _named(row: int) -> str:
+    return f"row {row} of the dataset"
+
+
+def _whole(ids: Sequence[int], row: int) -> Encoded:
+    return _sample(ids, True, row)

@@ -1,0 +1,31 @@
+"""Saves an adapter as a PEFT folder: adapter_config.json, adapter_model.safetensors, and the tokenizer if given."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import save_file
+
+from jaxtune.export.folder import staged
+from jaxtune.lora import peft_format
+from jaxtune.lora.config import LoraConfig
+from jaxtune.lora.tree import Tree
+
+
+def save_adapter(
+    folder: str | Path,
+    adapter: Tree,
+    config: LoraConfig,
+    module_names: peft_format.ModuleNames,
+    *,
+    base: str,
+    revision: str | None = None,
+    tokenizer: Any = None,
+) -> None:
+    with staged(folder, marker=peft_format.CONFIG_FILE) as stage:
+        tensors = dict(peft_format.to_tensors(adapter, module_names))
+        save_file(tensors, stage / peft_format.WEIGHTS_FILE, metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
+        settings = peft_format.to_peft_config(config, base, revision)
+        (stage / peft_format.CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

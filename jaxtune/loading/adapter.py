@@ -1,0 +1,76 @@
+"""Reads a PEFT adapter folder."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxtune.errors import AdapterError, CheckpointError
+from jaxtune.loading.checkpoint import Checkpoint
+from jaxtune.lora import peft_format
+from jaxtune.lora.config import LoraConfig
+from jaxtune.lora.tree import Tree
+from jaxtune.models import names
+from jaxtune.models.causal_lm import CausalLM
+
+
+class AdapterFolder(NamedTuple):
+    folder: Path
+    config: LoraConfig
+    base: str
+    """The id or folder of the model that the adapter was trained on."""
+    revision: str | None
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / peft_format.CONFIG_FILE).is_file()
+
+
+def read_config(folder: Path) -> AdapterFolder:
+    path = folder / peft_format.CONFIG_FILE
+    try:
+        peft: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise AdapterError(
+            f"{path} is not JSON: {error}.",
+            expected="the settings that PEFT wrote.",
+            fix="Save the adapter again.",
+        ) from error
+    base = peft.get("base_model_name_or_path")
+    if not base:
+        raise AdapterError(
+            f"{path} does not name its base model.",
+            expected="base_model_name_or_path.",
+            fix="Add the id or folder of the model that the adapter was trained on.",
+        )
+    return AdapterFolder(folder, peft_format.from_peft_config(peft, str(path)), base, peft.get("revision"))
+
+
+def read_weights(adapter: AdapterFolder, model: CausalLM) -> Tree:
+    """The adapter's tree, float32 arrays on the host, stacked for `model`."""
+    path = adapter.folder / peft_format.WEIGHTS_FILE
+    tensors = _read(path)
+    broken = [name for name, tensor in tensors.items() if not np.isfinite(tensor.astype(np.float32)).all()]
+    if broken:
+        raise AdapterError(
+            f"{path}: {broken[0]} holds NaN or infinite values.",
+            expected="finite weights.",
+            fix="Use an adapter from before its training diverged.",
+        )
+    config = model.config
+    return peft_format.from_tensors(
+        tensors, adapter.config, model.skeleton, lambda path: names.hf_names(config, path), str(path)
+    )
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        pickled = path.with_suffix(".bin").is_file()
+        raise CheckpointError(
+            f"{path} does not exist." + (" There is a pickled adapter_model.bin." if pickled else ""),
+            expected="the adapter's weights as safetensors.",
+            fix="Save the adapter with peft's save_pretrained, which writes safetensors.",
+        )
+    with Checkpoint(path.parent, path.name) as checkpoint:
+        return {name: checkpoint.read(name) for name in checkpoint.names}

@@ -1,0 +1,60 @@
+"""Keyword options of functions and configs that mirror another library's: what we have, what has no meaning here, and
+what is a mistake. A name without effect is accepted with one line; any other unknown name raises and suggests."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from jaxtune.errors import OptionError, nearest
+from jaxtune.log import get_logger
+
+log = get_logger(__name__)
+F = TypeVar("F", bound=Callable[..., Any])
+
+ANY = object()
+"""In `without_effect`: every value of the option is accepted."""
+
+
+def mirrors(without_effect: Mapping[str, Any]) -> Callable[[F], F]:
+    """Decorates a function, or a class by its constructor, that has named keyword options. `without_effect` gives names
+    that callers may pass although they mean nothing here: with `ANY`, or with the one value (or tuple of values) that
+    changes nothing."""
+
+    def decorate(function: F) -> F:
+        if inspect.isclass(function):
+            function.__init__ = decorate(function.__init__)  # type: ignore[misc]
+            return function
+        own = list(inspect.signature(function).parameters)
+        title = function.__qualname__.removesuffix(".__init__")
+
+        @functools.wraps(function)
+        def wrapper(*args, **given):
+            extra = {name: given.pop(name) for name in list(given) if name not in own}
+            for name, value in extra.items():
+                _accept_or_raise(title, name, value, own, without_effect)
+            return function(*args, **given)
+
+        return wrapper  # type: ignore[return-value]
+
+    return decorate
+
+
+def _accept_or_raise(title: str, name: str, value: Any, own: list[str], without_effect: Mapping[str, Any]) -> None:
+    if name not in without_effect:
+        known = [known for known in (*own, *without_effect) if known != "self"]
+        raise OptionError(
+            f"{title} has no option {name!r}.",
+            expected=f"one of {', '.join(sorted(known))}.",
+            fix=f"Correct the name, or leave it out.{nearest(name, known)}",
+        )
+    neutral = without_effect[name]
+    neutral_values = neutral if isinstance(neutral, tuple) else (neutral,)
+    if neutral is ANY:
+        log.info("%s: %s has no effect in jaxtune.", title, name)
+    elif value not in neutral_values:
+        raise OptionError(
+            f"{title} was given {name}={value!r}, which this version does not support.",
+            expected=f"{name}={' or '.join(map(repr, neutral_values))}.",
+            fix=f"Leave {name} out.",
+        )

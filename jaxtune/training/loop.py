@@ -1,0 +1,54 @@
+"""The one training loop: batches in, steps dispatched, metrics read one step late. SFT and RL differ in their batches
+and their loss, not here. The host never waits for the step that it has just dispatched."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtune.errors import TrainingError
+from jaxtune.models.causal_lm import Params
+from jaxtune.training.step import Step, TrainState
+
+Record = dict[str, float]
+"""One step's numbers: the step's metrics, the batch's own facts, `step`, and `step_time_sec`."""
+
+
+def run(
+    step: Step,
+    state: TrainState,
+    params: Params,
+    batches: Iterable[tuple[Mapping[str, np.ndarray], Mapping[str, float]]],
+    on_record: Callable[[Record], Any],
+) -> TrainState:
+    """Runs one step for every (batch, facts). `on_record` sees each step's numbers once the next one is under way."""
+    pending: tuple[int, dict[str, jax.Array], Mapping[str, float]] | None = None
+    clock = time.perf_counter()
+
+    def settle() -> None:
+        nonlocal clock, pending
+        if pending is None:
+            return
+        number, metrics, facts = pending
+        pending = None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        record = {"step": float(number), **values, **facts, "step_time_sec": now - clock}
+        clock = now
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+            raise TrainingError(
+                f"At step {number} the loss is {values['loss']} and the gradient's norm {values['grad_norm']}.",
+                expected="finite numbers.",
+                fix="Lower learning_rate, keep max_grad_norm at 1.0, and look at the samples of that step.",
+            )
+        on_record(record)
+
+    for number, (batch, facts) in enumerate(batches, start=int(state.step) + 1):
+        state, metrics = step(state, params, dict(batch))
+        settle()
+        pending = (number, metrics, facts)
+    settle()
+    return state

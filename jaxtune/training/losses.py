@@ -1,0 +1,40 @@
+"""Losses as pure functions of (lora, params, batch): usable alone, under jit, grad and vmap."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.kernels.linear_cross_entropy import IGNORE, linear_cross_entropy
+from jaxtune.models.causal_lm import CausalLM, Lora, Params
+from jaxtune.models.decoder import Remat
+
+MicroBatch = Mapping[str, jax.Array]
+"""`tokens`, `labels`, `segment_ids`, `positions`, int32 [R, L]; labels are already shifted, -100 is not trained on."""
+
+Loss = Callable[[Lora | None, Params, MicroBatch], jax.Array]
+"""The sum over a micro-batch's trained tokens. The step divides by their number in the whole batch."""
+
+
+def next_token_loss(model: CausalLM, remat: Remat | None = None) -> Loss:
+    """The sum of -log p(label) over the tokens that have a label, as a function of (lora, params, batch)."""
+
+    def loss(lora: Lora | None, params: Params, batch: MicroBatch) -> jax.Array:
+        hidden_RLM, _ = model.hidden(
+            params,
+            lora,
+            batch["tokens"],
+            segments_BT=batch["segment_ids"],
+            positions_BT=batch["positions"],
+            remat=remat,
+        )
+        hidden_TM = hidden_RLM.reshape(-1, hidden_RLM.shape[-1])
+        head_VM = model.head(params).astype(hidden_TM.dtype)
+        return linear_cross_entropy(hidden_TM, head_VM, batch["labels"].reshape(-1)).sum()
+
+    return loss
+
+
+def trained_tokens(batch: MicroBatch) -> jax.Array:
+    """How many tokens have a label, int32 []."""
+    return (batch["labels"] != IGNORE).sum(dtype=jnp.int32)

@@ -1,0 +1,55 @@
+"""Learning-rate schedules and optimizers by their Hugging Face names."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
+OPTIMIZERS = ("adamw", "adamw_torch")
+
+
+def schedule(kind: str, learning_rate: float, warmup_steps: int, total_steps: int) -> Schedule:
+    """The rate of each step, counted from 0, as transformers' schedulers give it."""
+
+    def rate(step: jax.Array) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        done = jnp.clip((step - warmup_steps) / max(1, total_steps - warmup_steps), 0.0, 1.0)
+        after = {
+            "constant": jnp.ones_like(done),
+            "constant_with_warmup": jnp.ones_like(done),
+            "linear": 1.0 - done,
+            "cosine": 0.5 * (1.0 + jnp.cos(math.pi * done)),
+        }[kind]
+        if kind == "constant" or warmup_steps == 0:
+            return learning_rate * after
+        return learning_rate * jnp.where(step < warmup_steps, step / warmup_steps, after)
+
+    return rate
+
+
+def adamw(
+    rate: Schedule, *, beta1: float, beta2: float, epsilon: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """AdamW with decoupled weight decay on every trained leaf, as torch computes it."""
+    return any_promotion(optax.adamw(rate, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay))
+
+
+def any_promotion(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same optimizer under JAX's standard dtype promotion: optax mixes its int32 step count with floats, which
+    users who run with strict promotion could not."""
+
+    def relaxed(function):
+        @functools.wraps(function)
+        def call(*args):
+            with jax.numpy_dtype_promotion("standard"):
+                return function(*args)
+
+        return call
+
+    return optax.GradientTransformation(relaxed(optimizer.init), relaxed(optimizer.update))

@@ -1,0 +1,203 @@
+"""SFTTrainer: supervised fine-tuning of a model's adapter, under TRL's names."""
+
+import dataclasses
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from tqdm.auto import tqdm
+
+from jaxtune.data.batches import BatchStream
+from jaxtune.data.formats import prepare
+from jaxtune.data.sample import Sample
+from jaxtune.errors import AdapterError, OptionError, OutputFolderError
+from jaxtune.log import get_logger, show
+from jaxtune.models.causal_lm import CausalLM, Lora, Params
+from jaxtune.options import mirrors
+from jaxtune.training.config import SFTConfig
+from jaxtune.training.losses import next_token_loss
+from jaxtune.training.loop import Record, run
+from jaxtune.training.optimizers import adamw, schedule
+from jaxtune.training.remat import level, remat
+from jaxtune.training.step import TrainState, init_state, make_step
+
+log = get_logger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Trainable(Protocol):
+    """What the trainer needs of a model; `jaxtune.LanguageModel` is one."""
+
+    causal_lm: CausalLM
+    params: Params
+    lora: Lora | None
+    tokenizer: Any
+    max_seq_length: int
+    gradient_checkpointing: bool | str
+
+
+class TrainOutput(NamedTuple):
+    """As transformers has it."""
+
+    global_step: int
+    training_loss: float
+    metrics: dict[str, float]
+
+
+@mirrors({"eval_dataset": None, "data_collator": None, "peft_config": None, "callbacks": (None, [])})
+class SFTTrainer:
+    """Tokenises the dataset when it is made; `train()` runs it and leaves the trained adapter in `model.lora`.
+
+    `samples` is what will be trained on, and may be changed before `train()` (`train_on_responses_only` does);
+    `log_history` is every logged step's numbers."""
+
+    def __init__(
+        self,
+        model: Trainable,
+        args: SFTConfig | None = None,
+        train_dataset: Any = None,
+        processing_class: Any = None,
+        tokenizer: Any = None,
+        formatting_func: Callable | None = None,
+    ):
+        if model.lora is None:
+            raise AdapterError(
+                "The model has no adapter to train.",
+                expected="a model that went through FastLanguageModel.get_peft_model.",
+                fix="Call FastLanguageModel.get_peft_model(model) first.",
+            )
+        if train_dataset is None:
+            raise OptionError(
+                "SFTTrainer was given no train_dataset.", expected="a dataset.", fix="Pass train_dataset=..."
+            )
+        self.model, self.args = model, args or SFTConfig()
+        self.processing_class = next(
+            (t for t in (processing_class, tokenizer, model.tokenizer) if t is not None), None
+        )
+        self.samples: list[Sample] = prepare(
+            train_dataset,
+            self.processing_class,
+            text_field=self.args.dataset_text_field,
+            formatting_func=formatting_func,
+            max_length=self.args.max_length or model.max_seq_length,
+            completion_only_loss=self.args.completion_only_loss,
+            assistant_only_loss=self.args.assistant_only_loss,
+        )
+        self.eval_samples = None
+        self.log_history: list[Record] = []
+
+    def train(self) -> TrainOutput:
+        args, stream = self.args, self.batches()
+        total = args.total_steps(stream.steps_per_epoch)
+        rate = schedule(args.lr_scheduler_type, args.learning_rate, args.warmup(total), total)
+        optimizer = adamw(
+            rate,
+            beta1=args.adam_beta1,
+            beta2=args.adam_beta2,
+            epsilon=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+        )
+        checkpointing = self.model.gradient_checkpointing
+        checkpointing = checkpointing if args.gradient_checkpointing is None else args.gradient_checkpointing
+        loss = next_token_loss(self.model.causal_lm, remat(level(checkpointing)))
+        step = make_step(loss, optimizer, rate, args.max_grad_norm or None)
+        assert self.model.lora is not None
+        state = init_state(self.model.lora, optimizer)
+
+        show()
+        self.log_history = []
+        losses: list[float] = []
+        started = time.perf_counter()
+        with _Log(args, total) as output:
+
+            def on_record(record: Record) -> None:
+                losses.append(record["loss"])
+                if len(losses) % args.logging_steps == 0 or len(losses) == total:
+                    recent = losses[-args.logging_steps :]
+                    record = {**record, "loss": sum(recent) / len(recent)}
+                    self.log_history.append(record)
+                    output.write(record)
+                output.advance()
+
+            state = self._run(step, state, itertools.islice(stream, total), on_record)
+        self.model.lora = state.lora
+        runtime = time.perf_counter() - started
+        mean = sum(losses) / len(losses) if losses else math.nan
+        samples = total * args.per_device_train_batch_size * args.gradient_accumulation_steps
+        metrics = {
+            "train_runtime": runtime,
+            "train_samples_per_second": samples / runtime,
+            "train_steps_per_second": total / runtime,
+            "train_loss": mean,
+            "epoch": total / stream.steps_per_epoch,
+        }
+        return TrainOutput(total, mean, metrics)
+
+    def batches(self) -> BatchStream:
+        """The batches of a run, from its beginning: deterministic in the seed."""
+        return BatchStream(
+            self.samples,
+            batch_size=self.args.per_device_train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            seed=self.args.seed,
+        )
+
+    def _run(self, step, state: TrainState, batches: Iterator, on_record: Callable[[Record], None]) -> TrainState:
+        facts = (
+            (batch._asdict(), {"epoch": info.epoch, "packing_efficiency": info.efficiency}) for batch, info in batches
+        )
+        return run(step, state, self.model.params, facts, on_record)
+
+
+class _Log:
+    """The progress bar, and metrics.jsonl where there is an output_dir."""
+
+    def __init__(self, args: SFTConfig, total: int):
+        self.file = None
+        if args.output_dir is not None:
+            folder = Path(args.output_dir)
+            if folder.is_dir() and any(folder.iterdir()) and not (folder / METRICS_FILE).is_file():
+                raise OutputFolderError(
+                    f"{folder} exists and holds files that are not a run of ours.",
+                    expected="a new or empty folder, or one of an earlier run, whose log is then replaced.",
+                    fix="Choose another output_dir, or empty this one.",
+                )
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.file = (folder / METRICS_FILE).open("w")
+            except OSError as error:
+                raise OutputFolderError(
+                    f"{folder} cannot be written: {error.strerror or error}.",
+                    expected="a folder that can be written.",
+                    fix="Choose another output_dir, or correct its permissions.",
+                ) from error
+            settings = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(args).items()}
+            self.file.write(json.dumps({"settings": settings}) + "\n")
+        self.bar = tqdm(total=total, unit="step", disable=None)
+
+    def write(self, record: Record) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        rate = record["tokens"] / max(record["step_time_sec"], 1e-9)
+        log.info(
+            "step %d: loss %.4f, grad_norm %.3f, lr %.2e, %.0f tokens/s",
+            record["step"], record["loss"], record["grad_norm"], record["learning_rate"], rate,
+        )  # fmt: skip
+        self.bar.set_postfix(loss=f"{record['loss']:.4f}")
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        if self.file is not None:
+            self.file.close()

@@ -1,0 +1,72 @@
+"""One optimizer step as one compiled program: gradients summed over micro-batches, divided by the trained tokens of
+the whole step, clipped, applied. However the batch is cut, loss and gradient are the same."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxtune.models.causal_lm import Lora, Params
+from jaxtune.training.losses import Loss, trained_tokens
+from jaxtune.training.optimizers import Schedule
+
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """What a step changes, and therefore what it donates."""
+
+    step: jax.Array
+    lora: Lora
+    optimizer: Any
+
+
+Step = Callable[[TrainState, Params, dict[str, jax.Array]], tuple[TrainState, Metrics]]
+
+
+def init_state(lora: Lora, optimizer: optax.GradientTransformation) -> TrainState:
+    """A copy of the adapter (steps donate their state; the model keeps its own) and a fresh optimizer."""
+    lora = jax.tree.map(jnp.copy, lora)
+    return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora))
+
+
+def value_and_grad(loss: Loss, lora: Lora, params: Params, batch) -> tuple[jax.Array, Lora]:
+    """Mean loss and gradient over all trained tokens of batch [A, R, L]: A micro-batches, one after the other."""
+    total = jnp.maximum(trained_tokens(batch), 1).astype(jnp.float32)
+    mean = jax.value_and_grad(lambda lora, micro: loss(lora, params, micro) / total)
+
+    def add(carry, micro):
+        return jax.tree.map(jnp.add, carry, mean(lora, micro)), None
+
+    zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, lora))
+    return lax.scan(add, zero, batch)[0]
+
+
+def make_step(
+    loss: Loss, optimizer: optax.GradientTransformation, rate: Schedule, max_grad_norm: float | None
+) -> Step:
+    """`max_grad_norm=None` does not clip. The state is donated."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, params: Params, batch) -> tuple[TrainState, Metrics]:
+        value, grads = value_and_grad(loss, state.lora, params, batch)
+        norm = optax.global_norm(grads)
+        if max_grad_norm is not None:
+            shrink = jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))
+            grads = jax.tree.map(lambda g: g * shrink, grads)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.lora)
+        lora = optax.apply_updates(state.lora, updates)
+        metrics = {
+            "loss": value,
+            "grad_norm": norm,
+            "learning_rate": rate(state.step),
+            "trained_tokens": trained_tokens(batch),
+            "tokens": (batch["segment_ids"] > 0).sum(dtype=jnp.int32),
+        }
+        return TrainState(state.step + 1, lora, optimizer_state), metrics
+
+    return step

@@ -1,0 +1,65 @@
+"""`import jaxtune` is a name and nothing more, and no part of the library needs torch."""
+
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+import jaxtune
+
+WITHOUT_TORCH = """
+import importlib.machinery, sys
+
+class Absent:
+    '''Finds what the ordinary finder finds, except torch: for this process it is not installed.'''
+    find = importlib.machinery.PathFinder.find_spec
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split('.')[0] == 'torch' else cls.find(name, path, target)
+
+sys.meta_path = [Absent if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
+"""
+
+
+def python(code: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_takes_less_than_a_second():
+    timed = "import time; t = time.perf_counter(); import jaxtune; print(time.perf_counter() - t)"
+    assert statistics.median(float(python(timed)) for _ in range(5)) < 1.0
+
+
+def test_import_loads_no_heavy_package():
+    loaded = python("import jaxtune, sys; print(*sys.modules)").split()
+    assert not {"jax", "torch", "transformers", "numpy"} & set(loaded)
+
+
+def test_every_public_name_is_there():
+    assert set(jaxtune.__all__) <= set(dir(jaxtune))
+    for name in jaxtune.__all__:
+        assert getattr(jaxtune, name) is not None
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'FastLangaugeModel'"):
+        _ = jaxtune.FastLangaugeModel
+
+
+def test_every_module_imports_without_torch():
+    everything = """
+import importlib, pkgutil, jaxtune
+names = [module.name for module in pkgutil.walk_packages(jaxtune.__path__, 'jaxtune.')]
+for name in names:
+    importlib.import_module(name)
+assert 'torch' not in sys.modules
+try:
+    import torch
+except ModuleNotFoundError:
+    print(len(names))
+"""
+    assert int(python(WITHOUT_TORCH + everything)) > 10
