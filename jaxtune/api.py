@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtune.compilation import enable_cache
 from jaxtune.errors import AdapterError, OptionError, UnsupportedModelError
 from jaxtune.export.adapter import save_adapter
 from jaxtune.inference.generate import generate
@@ -172,6 +173,7 @@ class FastLanguageModel:
                 expected="one precision.",
                 fix="Leave one of them out.",
             )
+        enable_cache()
         in_4bit = not load_in_16bit if load_in_4bit is None else load_in_4bit
         folder = resolve(model_name, revision=revision, token=token)
         adapter, tokenizer_folder = None, folder

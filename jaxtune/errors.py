@@ -49,6 +49,10 @@ class OptionError(JaxtuneError, ValueError):
     """An option that does not exist, or a value that it cannot take."""
 
 
+class ShardingError(JaxtuneError):
+    """A mesh that the devices cannot form, or over which a weight cannot be cut."""
+
+
 class TrainingError(JaxtuneError):
     """A run that cannot go on: a loss that is not finite, a batch that cannot be formed."""
 

@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 # All of these are read once, when jax, torch or huggingface_hub is imported, and are inherited by the processes that
@@ -23,10 +22,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads: the workers use the other cores already
 
-# What one test compiles, another test, worker or subprocess of this run may load; gone when the run is over.
-_RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-_COMPILED = Path(tempfile.gettempdir()) / f"jaxtune-tests-{_RUN}"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_COMPILED)
+# What one test compiles, another test, worker or subprocess of this run may load. Workers inherit the folder from the
+# process that made it, which deletes it when the run is over.
+_COMPILED = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxtune-tests-")
 
 import jax
 import optax
@@ -72,6 +72,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"needs an NVIDIA GPU, and jax runs on {jax.default_backend()}: set JAX_PLATFORMS=cuda")
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # not an xdist worker: the process that outlives them
+def pytest_unconfigure() -> None:
+    if _COMPILED is not None:
         shutil.rmtree(_COMPILED, ignore_errors=True)

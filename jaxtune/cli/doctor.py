@@ -125,12 +125,18 @@ def examine() -> Report:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
-    from jaxtune import kernels
+    from jaxtune import compilation, kernels
 
     try:
         backend, backend_error, devices = jax.default_backend(), None, [_device(d) for d in jax.devices()]
-    except RuntimeError as error:
-        backend, backend_error, devices = None, str(error), []
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # jax asserts where a platform that was asked for has no plugin
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        backend, backend_error, devices = None, str(error) or f"no backend for JAX_PLATFORMS={asked}", []
+    else:
+        compilation.enable_cache()  # as loading a model does, to see the folder
     total, available = host_memory()
     return Report(
         python=platform.python_version(),

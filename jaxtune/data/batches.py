@@ -2,7 +2,7 @@
 those of each step end to end in rows (see layout.py), and can be put back to where it was."""
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,8 @@ type Batch = dict[str, np.ndarray]
 token to predict at each place (the sample's next one), -100 where there is none; `segment_ids` counts a row's samples
 from 1, 0 is padding; `positions` starts again with every sample."""
 
-STEPS_FOR_MENU = 512  # looked at to choose the shapes; takes about 0.1 s
+# The shapes are chosen by looking at so many steps, or at fewer that have so many samples: that takes about 0.2 s.
+MENU_STEPS, MENU_SAMPLES = 512, 4096
 
 
 class StepInfo(NamedTuple):
@@ -42,15 +43,10 @@ class BatchStream:
         seed: int = 0,
         shuffle: bool = True,
     ):
-        for name, value in (
-            ("per_device_train_batch_size", batch_size),
-            ("gradient_accumulation_steps", accumulation),
-        ):
+        for name, value in {"batch_size": batch_size, "accumulation": accumulation}.items():
             if value < 1:
                 raise OptionError(
-                    f"{name} is {value}.",
-                    expected="at least 1.",
-                    fix="Set it to 1; smaller steps there are none.",
+                    f"{name} is {value}.", expected="at least 1.", fix=f"Pass {name}=1 or more."
                 )
         if not samples:
             raise DatasetError(
@@ -65,9 +61,8 @@ class BatchStream:
         self._epoch, self._cursor = 0, 0
         self._order = self._order_of(0)
         limits = Limits(accumulation, batch_size, max(self._lengths))
-        self.shapes: tuple[Shape, ...] = shape_menu(
-            list(islice(self._step_lengths(), STEPS_FOR_MENU)), limits
-        )
+        steps = islice(self._step_lengths(), min(MENU_STEPS, max(16, MENU_SAMPLES // self._step_size)))
+        self.shapes: tuple[Shape, ...] = shape_menu(list(steps), limits)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -119,16 +114,13 @@ class BatchStream:
         self._epoch, self._cursor, self._order = epoch, cursor, self._order_of(epoch)
 
     def _order_of(self, epoch: int) -> np.ndarray:
-        return (
-            epoch_order(len(self._samples), self._seed, epoch)
-            if self._shuffle
-            else np.arange(len(self._samples))
-        )
+        size = len(self._samples)
+        return epoch_order(size, self._seed, epoch) if self._shuffle else np.arange(size)
 
     def _step_lengths(self) -> Iterator[list[int]]:
         """The samples' lengths in each step, epoch after epoch. (The menu of shapes follows from these, and so is the
         same in a resumed run.)"""
-        for epoch in range(STEPS_FOR_MENU):
+        for epoch in count():
             order = self._order_of(epoch).tolist()
             for start in range(0, len(order), self._step_size):
                 yield [self._lengths[member] for member in order[start : start + self._step_size]]
@@ -143,7 +135,7 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
 
 def lay_out(samples: Sequence[Sample], shape: Shape) -> Batch:
     """The samples end to end in the rows of a batch of this shape, none cut."""
-    batch = {
+    batch: Batch = {
         name: np.zeros(shape, dtype=np.int32) for name in ("tokens", "labels", "segment_ids", "positions")
     }
     batch["labels"].fill(IGNORED)

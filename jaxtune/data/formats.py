@@ -32,6 +32,7 @@ def prepare(
     max_length: int | None,
     completion_only_loss: bool | None = None,
     assistant_only_loss: bool = False,
+    vocab_size: int | None = None,
 ) -> list[Sample]:
     """Tokenised samples of a dataset, in its order.
 
@@ -44,6 +45,7 @@ def prepare(
         completion_only_loss: train on the completion only. None: where the data says what that is (a `prompt` with a
             `completion`, or a `completion_mask`).
         assistant_only_loss: train only on what the assistant wrote in conversations.
+        vocab_size: token ids that the model knows; None takes the tokenizer's. With it, tokenised rows need no tokenizer.
     """
     if max_length is not None and max_length < 2:
         raise OptionError(
@@ -51,7 +53,11 @@ def prepare(
             expected="at least 2: one token, and one to predict from it; or None for no limit.",
             fix="Set max_length (max_seq_length) to what memory allows, 2048 for example.",
         )
-    reading = Reading(tokenizer, text_field, formatting_func, completion_only_loss, assistant_only_loss)
+    if vocab_size is None:
+        vocab_size = len(tokenizer)
+    reading = Reading(
+        tokenizer, text_field, formatting_func, completion_only_loss, assistant_only_loss, vocab_size
+    )
     samples, seen = [], _Tally()
     for encoded in _read(iterate_rows(rows), reading):
         seen.count(encoded, max_length)

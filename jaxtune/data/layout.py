@@ -10,7 +10,9 @@ ones take fewer micro-batches than were asked for. A micro-batch never has more 
 longest length would: the memory that the configuration may need in any case.
 """
 
+import functools
 import heapq
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -82,12 +84,9 @@ def needed_length(lengths: Sequence[int], rows: int) -> int:
 
 def best_shape(lengths: Sequence[int], limits: Limits) -> Shape:
     """The cheapest shape for a step of samples with these lengths, were every shape free."""
-    needed = {rows: needed_length(lengths, rows) for rows in _row_counts(limits)}
-    shapes = (
-        Shape(micro_batches, rows, bucket(needed[micro_batches * rows]))
-        for micro_batches in range(1, limits.micro_batches + 1)
-        for rows in range(1, limits.rows + 1)
-    )
+    counts = itertools.product(range(1, limits.micro_batches + 1), range(1, limits.rows + 1))
+    needed = functools.cache(functools.partial(needed_length, tuple(lengths)))
+    shapes = (Shape(a, r, bucket(needed(min(a * r, len(lengths))))) for a, r in counts)
     room = limits.largest.rows * limits.largest.length
     return min(
         (shape for shape in shapes if shape.rows * shape.length <= room),
@@ -113,11 +112,10 @@ def shape_menu(steps: Sequence[Sequence[int]], limits: Limits) -> tuple[Shape, .
     menu = [*sorted({best_shape(lengths, limits) for lengths in steps} - {largest}), largest]
     row_counts = sorted({shape.all_rows for shape in menu})
     needed = {rows: np.array([needed_length(lengths, rows) for lengths in steps]) for rows in row_counts}
-    work = np.stack(
-        [np.where(needed[s.all_rows] <= s.length, s.work, np.inf) for s in menu], axis=1
-    )  # [step, shape]
+    columns = [np.where(needed[shape.all_rows] <= shape.length, shape.work, np.inf) for shape in menu]
+    work = np.stack(columns, axis=1)  # [step, shape], infinite where the step does not fit
     while len(menu) > 1:
-        order = np.argsort(work, axis=1)
+        order = np.argsort(work, axis=1, kind="stable")
         best, second = np.take_along_axis(work, order[:, :2], axis=1).T
         growth = np.bincount(order[:, 0], weights=second - best, minlength=len(menu))
         loser = int(np.argmin(growth[:-1]))
@@ -126,7 +124,3 @@ def shape_menu(steps: Sequence[Sequence[int]], limits: Limits) -> tuple[Shape, .
         del menu[loser]
         work = np.delete(work, loser, axis=1)
     return tuple(menu)
-
-
-def _row_counts(limits: Limits) -> set[int]:
-    return {a * r for a in range(1, limits.micro_batches + 1) for r in range(1, limits.rows + 1)}

@@ -5,7 +5,7 @@ A chunk, because a tokenizer is many times faster on many texts at once than on 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -35,9 +35,7 @@ class Encoded(NamedTuple):
     ids: np.ndarray
     labels: np.ndarray
     row: int
-    border_moved: bool = (
-        False  # prompt + completion tokenises to something that does not start with the prompt
-    )
+    border_moved: bool = False  # the tokens of prompt + completion do not begin with those of the prompt
 
 
 @dataclass(frozen=True)
@@ -49,11 +47,12 @@ class Reading:
     formatting_func: Callable[[Row], str | list[str]] | None
     completion_only_loss: bool | None
     assistant_only_loss: bool
+    vocab_size: int
 
 
 def read_tokenised(chunk: Chunk, reading: Reading) -> Iterator[Encoded]:
     """`input_ids`, with `labels` (taken as they are) or masks (combined), or trained on whole."""
-    vocabulary = len(reading.tokenizer)
+    vocabulary = reading.vocab_size
     needed = {"completion_mask": reading.completion_only_loss, "assistant_masks": reading.assistant_only_loss}
     for index, row in chunk:
         ids = integers_field(row, index, "input_ids")
@@ -61,7 +60,7 @@ def read_tokenised(chunk: Chunk, reading: Reading) -> Iterator[Encoded]:
             # An embedding lookup in jax clamps such an id without a word: this is where it can still be noticed.
             found = f"has token ids from {ids.min()} to {ids.max()}"
             fix = "Tokenise the dataset with this model's tokenizer."
-            raise bad_row(index, found, f"ids from 0 to {vocabulary - 1}, the tokenizer's size", fix)
+            raise bad_row(index, found, f"ids from 0 to {vocabulary - 1}, the vocabulary's size", fix)
         if "labels" in row:
             yield Encoded(ids, integers_field(row, index, "labels", len(ids)), index)
             continue
@@ -124,13 +123,7 @@ def read_chat_prompt_completion(chunk: Chunk, reading: Reading) -> Iterator[Enco
         for prompt, (index, row) in zip(prompts, chunk, strict=True)
     ]
     rendered = [
-        encoding.render_chat(
-            reading.tokenizer,
-            prompt,
-            what=_named(index),
-            add_generation_prompt=True,
-            **template_options(row, index),
-        )
+        _render(prompt, index, reading, add_generation_prompt=True, **template_options(row, index))
         for prompt, (index, row) in zip(prompts, chunk, strict=True)
     ]
     prompt_ids = encoding.encode_verbatim(reading.tokenizer, rendered)
@@ -146,26 +139,23 @@ def _encode_chats(
     chunk: Chunk, chats: list[list[Row]], reading: Reading
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """Token ids, and which of them the assistant wrote (all of them, where that is not asked for)."""
-    options = [template_options(row, index) for index, row in chunk]
-    rows = [(chat, index, kwargs) for chat, (index, _), kwargs in zip(chats, chunk, options, strict=True)]
-    if not reading.assistant_only_loss:
-        rendered = [
-            encoding.render_chat(reading.tokenizer, chat, what=_named(index), **kwargs) if chat else ""
-            for chat, index, kwargs in rows
-        ]
-        for ids in encoding.encode_verbatim(reading.tokenizer, rendered):
-            yield ids, np.ones(len(ids), dtype=bool)
+    extra = {"chat_template": _marked_template(reading.tokenizer)} if reading.assistant_only_loss else {}
+    rendered = [
+        _render(chat, index, reading, **(template_options(row, index) | extra))
+        for chat, (index, row) in zip(chats, chunk, strict=True)
+    ]
+    if reading.assistant_only_loss:
+        yield from encoding.encode_marked(reading.tokenizer, rendered)
         return
-    template = _assistant_template(reading.tokenizer)
-    for chat, index, kwargs in rows:
-        if chat:
-            kwargs = {**kwargs, "chat_template": template}
-            yield encoding.encode_chat_with_mask(reading.tokenizer, chat, what=_named(index), **kwargs)
-        else:
-            yield [], np.zeros(0, dtype=bool)
+    for ids in encoding.encode_verbatim(reading.tokenizer, rendered):
+        yield ids, np.ones(len(ids), dtype=bool)
 
 
-def _assistant_template(tokenizer: "Tokenizer") -> str:
+def _render(chat: list[Row], row: int, reading: Reading, **options: Any) -> str:
+    return encoding.render_chat(reading.tokenizer, chat, what=_named(row), **options) if chat else ""
+
+
+def _marked_template(tokenizer: "Tokenizer") -> str:
     encoding.require_chat_template(tokenizer)
     template = masking_template(tokenizer)
     if template is None:
@@ -175,7 +165,7 @@ def _assistant_template(tokenizer: "Tokenizer") -> str:
             fix="Use `get_chat_template` with a named template, add the markers to yours, or set "
             "assistant_only_loss=False and call `train_on_responses_only(trainer)`.",
         )
-    return template
+    return encoding.visibly_marked(template)
 
 
 def _encode_ended(tokenizer: "Tokenizer", texts: Sequence[str]) -> list[list[int]]:

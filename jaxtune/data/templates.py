@@ -1,9 +1,8 @@
 """Chat templates by name: `get_chat_template` gives a tokenizer one, and the token that ends its turns.
 
-Each template is written once, with `{% generation %}` around what the assistant writes: transformers computes exact
-assistant masks from that. The tokenizer gets it *without* these markers, because it is saved and travels to engines
-(minijinja, llama-cpp-python and others) that reject a tag they do not know; `masking_template` puts them back for the
-moment in which a mask is computed.
+Each template is written once, with `{% generation %}` around what the assistant writes, so that masks are exact. The
+tokenizer gets it *without* these tags, because it is saved and travels: minijinja and llama-cpp-python (and what is
+built on them) reject a tag they do not know. `masking_template` puts the tags back when a mask is wanted.
 """
 
 import json

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.errors import AdapterError, CheckpointError
-from jaxtune.loading.checkpoint import Checkpoint
+from jaxtune.loading.checkpoint import read_file
 from jaxtune.lora import peft_format
 from jaxtune.lora.config import LoraConfig
 from jaxtune.lora.tree import Tree
@@ -72,5 +72,4 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             expected="the adapter's weights as safetensors.",
             fix="Save the adapter with peft's save_pretrained, which writes safetensors.",
         )
-    with Checkpoint(path.parent, path.name) as checkpoint:
-        return {name: checkpoint.read(name) for name in checkpoint.names}
+    return read_file(path)

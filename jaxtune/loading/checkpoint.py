@@ -60,12 +60,11 @@ class _Tensor(NamedTuple):
 
 
 class Checkpoint:
-    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names; or those of one
-    named file (an adapter's)."""
+    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names."""
 
-    def __init__(self, folder: str | Path, file: str | None = None):
+    def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._tensors = _find_tensors(self.folder) if file is None else _read_header(self.folder / file)
+        self._tensors = _find_tensors(self.folder)
         self._maps: dict[Path, np.ndarray] = {}
         self._closed = False
 

@@ -28,7 +28,8 @@ class LoraConfig:
                 fix="Choose r, for example 16.",
             )
         if not isinstance(self.target_modules, str):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+            # A set, in one order: equal settings compare (and compile) as equal.
+            object.__setattr__(self, "target_modules", tuple(sorted(set(self.target_modules))))
         else:
             try:
                 re.compile(self.target_modules)

@@ -87,6 +87,7 @@ class SFTTrainer:
             max_length=self.args.max_length or model.max_seq_length,
             completion_only_loss=self.args.completion_only_loss,
             assistant_only_loss=self.args.assistant_only_loss,
+            vocab_size=model.causal_lm.config.vocab_size,
         )
         self.eval_samples = None
         self.log_history: list[Record] = []
@@ -149,7 +150,7 @@ class SFTTrainer:
 
     def _run(self, step, state: TrainState, batches: Iterator, on_record: Callable[[Record], None]) -> TrainState:
         facts = (
-            (batch._asdict(), {"epoch": info.epoch, "packing_efficiency": info.efficiency}) for batch, info in batches
+            (batch, {"epoch": info.epoch, "packing_efficiency": info.efficiency}) for batch, info in batches
         )
         return run(step, state, self.model.params, facts, on_record)
 

@@ -54,7 +54,7 @@ def make_step(
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, params: Params, batch) -> tuple[TrainState, Metrics]:
         value, grads = value_and_grad(loss, state.lora, params, batch)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         if max_grad_norm is not None:
             shrink = jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))
             grads = jax.tree.map(lambda g: g * shrink, grads)

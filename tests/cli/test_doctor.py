@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,14 @@ def test_the_installed_command_examines_this_machine():
     assert report["versions"]["jax"] == importlib.metadata.version("jax")
     assert report["implementations"]
     assert report["host_memory_total"] > 0
+
+
+def test_platform_without_a_plugin_is_a_problem_and_no_traceback():
+    command = [sys.executable, "-m", "jaxtune.cli.main", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "rocm"})
+    assert done.returncode == 1
+    assert "problem: jax could not start" in done.stdout
+    assert "Traceback" not in done.stderr
 
 
 def test_version(capsys: pytest.CaptureFixture[str]):

@@ -24,7 +24,9 @@ def tiny_tokenizer(
     symbols = _byte_symbols()
     pairs = [tuple("".join(symbols[byte] for byte in part.encode()) for part in merge) for merge in merges]
     tokens = [*symbols.values(), *("".join(pair) for pair in pairs)]
-    backend = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=pairs))
+    backend = Tokenizer(
+        models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=pairs)
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(list(special_tokens))

@@ -76,7 +76,7 @@ def test_theirs_in_ours(base, tmp_path):
     theirs.save_pretrained(tmp_path / "adapter")
     ours, tokenizer = FastLanguageModel.from_pretrained(tmp_path / "adapter", dtype="float32", load_in_4bit=False)
     assert_close(logits(ours), torch_logits(theirs), 1e-4)
-    assert len(tokenizer) == models.VOCAB
+    assert len(tokenizer) == len(models.tokenizer())
 
 
 def test_the_folder_is_what_peft_writes(base, tmp_path):
@@ -98,7 +98,7 @@ def test_initial_a_is_distributed_as_pefts(base):
     _, folder = base
     model, _ = FastLanguageModel.from_pretrained(folder, dtype="float32")
     a = FastLanguageModel.get_peft_model(model, r=16).lora["layers"][0][0]["self_attn"]["q_proj"]["a"]
-    theirs = torch.nn.Linear(128, 16, bias=False).weight  # PEFT's default is torch's own for a linear
+    theirs = torch.nn.Linear(128, 16, bias=False).weight.detach()  # PEFT's default is torch's own for a linear
     assert abs(float(abs(a).max()) - 1 / np.sqrt(128)) < 1e-3
     assert abs(float(a.std()) / float(theirs.std()) - 1) < 0.1
 

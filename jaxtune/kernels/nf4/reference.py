@@ -67,6 +67,8 @@ def dequantize(
     scales = decode_absmax(absmax, nested_absmax, offset)
     values = jnp.asarray(VALUES)[unpack(codes, shape)]
     weight = (values * scales[..., None]).astype(dtype)
+    if is_planar(shape):
+        return weight.reshape(shape)  # straight to its shape: a detour over one axis would undo any sharding
     return weight.reshape(-1)[: math.prod(shape)].reshape(shape)
 
 

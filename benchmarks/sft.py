@@ -1,0 +1,160 @@
+"""SFT through `SFTTrainer`, on random weights made on the device in a real model's shape: seconds per optimizer step,
+tokens per second, peak memory, model FLOP/s utilisation, time to the first step, time to load.
+
+    python benchmarks/sft.py                              # Llama-3.1-8B, 4 x 4096, every level that fits
+    python benchmarks/sft.py --rows 2x2048x4:block        # batch x length x accumulation : level of training.remat
+    python benchmarks/sft.py --shape tiny --rows 2x64x2:block    # seconds on a CPU: checks the script
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.harness import record
+from jaxtune import FastLanguageModel, LanguageModel, SFTConfig, SFTTrainer
+from jaxtune.compilation import enable_cache
+from jaxtune.loading.load import load_params
+from jaxtune.models import names
+from jaxtune.models.causal_lm import CausalLM
+from jaxtune.models.config import ModelConfig, RopeConfig
+
+LLAMA3_ROPE = RopeConfig(
+    kind="llama3",
+    theta=5e5,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position=8192,
+)
+SHAPES = {
+    "llama-3.1-8b": ModelConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_heads=32, num_kv_heads=8, head_dim=128,
+        rms_norm_eps=1e-5, rope=LLAMA3_ROPE, tie_word_embeddings=False, attention_bias=False, mlp_bias=False,
+        windows=(None,) * 32, max_position=131072,
+    ),
+    "tiny": ModelConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=256, num_heads=4, num_kv_heads=2, head_dim=32,
+        rms_norm_eps=1e-5, rope=LLAMA3_ROPE, tie_word_embeddings=False, attention_bias=False, mlp_bias=False,
+        windows=(None,) * 2, max_position=131072,
+    ),
+}  # fmt: skip
+SUSTAINED_FLOPS = 683e12
+"""bf16 products of an H200 over 20 s, measured; what MFU is relative to."""
+
+
+class RandomCheckpoint:
+    """Looks like a checkpoint; its weights are drawn on the device when they are read."""
+
+    folder = "random weights"
+
+    def __init__(self, model: CausalLM):
+        self.shapes = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(model.skeleton):
+            path = names.keys(path)
+            for name in names.hf_names(model.config, path):
+                self.shapes[name] = leaf.shape[1:] if names.is_stacked(path) else leaf.shape
+        self.names = self.shapes.keys()
+        self.key = jax.random.key(0)
+
+    def __contains__(self, name):
+        return name in self.shapes
+
+    def shape(self, name):
+        return self.shapes[name]
+
+    def dtype(self, name):
+        return jnp.dtype(jnp.bfloat16)
+
+    def read(self, name):
+        self.key, key = jax.random.split(self.key)
+        draw = jax.jit(
+            lambda key: 0.02 * jax.random.normal(key, self.shapes[name], jnp.bfloat16) + ("norm" in name)
+        )
+        return draw(key).astype(jnp.bfloat16)
+
+
+def useful_flops(c: ModelConfig, batch: int, length: int) -> float:
+    """4 N T + 3 A: frozen weights need no gradient of their own; A is causal attention's forward pass."""
+    attention_weights = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+    linear = c.num_layers * (attention_weights + 3 * c.hidden_size * c.intermediate_size)
+    linear += c.vocab_size * c.hidden_size
+    attention = (
+        c.num_layers * batch * c.num_heads * c.head_dim * 2 * length**2
+    )  # 4 for two products, half is masked
+    return 4 * linear * batch * length + 3 * attention
+
+
+def peak_gb() -> float:
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use", 0) / 1e9
+
+
+def measure(model: LanguageModel, batch: int, length: int, accumulation: int, level: str, steps: int) -> dict:
+    c = model.causal_lm.config
+    rng = np.random.default_rng(0)
+    samples = [
+        {"input_ids": rng.integers(0, c.vocab_size, length).tolist()} for _ in range(2 * batch * accumulation)
+    ]
+    config = SFTConfig(
+        max_steps=steps, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+        max_length=length, gradient_checkpointing=level,
+    )  # fmt: skip
+    trainer = SFTTrainer(model, config, samples)
+    trainer.train()
+    times = [entry["step_time_sec"] for entry in trainer.log_history]
+    # Step n's time is read when step n + 1 has been dispatched: the first holds the compilation, the last no overlap.
+    seconds = statistics.median(times[3:-1])
+    flops = accumulation * useful_flops(c, batch, length)
+    return {
+        "batch": batch,
+        "length": length,
+        "accumulation": accumulation,
+        "level": level,
+        "seconds_per_step": seconds,
+        "tokens_per_second": batch * length * accumulation / seconds,
+        "mfu_of_sustained": flops / seconds / SUSTAINED_FLOPS,
+        "peak_gb": peak_gb(),
+        "first_step_seconds": times[0],
+        "loss": [entry["loss"] for entry in trainer.log_history],
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    parser.add_argument("--rows", nargs="+", default=["4x4096x1:block", "4x4096x1:attention", "4x4096x1:mlp"])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--name", default="sft", help="of the result file")
+    args = parser.parse_args()
+
+    enable_cache()
+    causal_lm = CausalLM(SHAPES[args.shape])
+    start = time.perf_counter()
+    params = load_params(causal_lm, RandomCheckpoint(causal_lm), dtype=jnp.dtype(jnp.bfloat16), in_4bit=True)
+    jax.block_until_ready(params)
+    load_seconds = time.perf_counter() - start
+    weights_gb = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e9
+    print(f"weights: {weights_gb:.2f} GB in {load_seconds:.1f} s; peak {peak_gb():.2f} GB", flush=True)
+    model = FastLanguageModel.get_peft_model(LanguageModel(causal_lm, params), r=16, lora_alpha=16)
+
+    rows = []
+    for row in args.rows:
+        sizes, level = row.split(":")
+        try:
+            rows.append(measure(model, *map(int, sizes.split("x")), level, args.steps))
+            print({k: v for k, v in rows[-1].items() if k != "loss"}, flush=True)
+        except jax.errors.JaxRuntimeError as error:
+            rows.append({"row": row, "error": str(error).splitlines()[0][:200]})
+            print(rows[-1], flush=True)
+        record(args.name, rows, shape=args.shape, weights_gb=weights_gb, load_seconds=load_seconds,
+               note="peak_gb is the process's so far: rows run from small to large")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

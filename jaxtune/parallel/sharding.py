@@ -1,0 +1,83 @@
+"""Which part of each array a device holds: rules beside the parameters' names, none in the model's code.
+
+A rule gives the mesh axes of a weight's (out, in). Packed arrays are cut along the same axes, but along `in` only in
+whole tiles of 128 inputs, which hold 64 bytes of codes and 2 scales; their second-level scales are whole everywhere
+(1/4096 of the codes). An adapter follows its weight: a has its `in`, b its `out`.
+"""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtune.errors import ShardingError
+from jaxtune.quant.nf4 import NF4Array
+
+TILE = 128
+"""Inputs in a tile of packed codes: what a shard along `in` is a multiple of."""
+
+_COLUMN = ("tensor", "fsdp")
+_ROW = ("fsdp", "tensor")
+RULES: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"), _COLUMN),
+    **dict.fromkeys(("o_proj", "down_proj"), _ROW),
+}
+"""A module's name -> the axes of its weight's (out, in). What is not named here (norms) is whole everywhere."""
+
+BATCH = P(None, ("data", "fsdp"), None)
+"""Of a batch [A, R, L]: its rows."""
+
+
+def param_shardings(params: Any, mesh: Mesh) -> Any:
+    """A sharding for every array of `params` (packed ones have four), in the same tree."""
+    return _map_leaves(_weight, params, mesh)
+
+
+def lora_shardings(lora: Any, mesh: Mesh) -> Any:
+    return _map_leaves(_factor, lora, mesh)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, BATCH)
+
+
+def _map_leaves(rule, tree: Any, mesh: Mesh) -> Any:
+    def leaf(path, value):
+        keys = tuple(getattr(key, "key", key) for key in path)
+        return jax.tree.map(
+            lambda spec: NamedSharding(mesh, spec), rule(keys, value, mesh), is_leaf=lambda x: isinstance(x, P)
+        )
+
+    return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=lambda x: isinstance(x, NF4Array))
+
+
+def _weight(keys: tuple, weight: Any, mesh: Mesh) -> Any:
+    axes = RULES.get(keys[-2]) if keys[-1] == "weight" else None
+    packed = isinstance(weight, NF4Array)
+    if axes is not None:
+        for size, axis, unit in zip(weight.shape[-2:], axes, (1, TILE if packed else 1), strict=True):
+            _require_whole(keys, size, axis, unit, mesh)
+    if not packed:
+        return P() if axes is None else P(*(None,) * (weight.ndim - 2), *axes)
+    cut = P() if axes is None else P(*(None,) * weight.offset.ndim, *axes)
+    return NF4Array(cut, cut, P(), P(), weight.out_in, weight.dtype)  # type: ignore[arg-type]
+
+
+def _factor(keys: tuple, factor: Any, mesh: Mesh) -> P:
+    out, inn = RULES.get(keys[-2], (None, None))
+    spec = P(None, None, inn) if keys[-1] == "a" else P(None, out, None)
+    for size, axis in zip(factor.shape, spec, strict=True):
+        _require_whole(keys, size, axis, 1, mesh)
+    return spec
+
+
+def _require_whole(keys: tuple, size: int, axis: str | None, unit: int, mesh: Mesh) -> None:
+    """Left to itself, automatic sharding would gather what it cannot cut, silently."""
+    parts = 1 if axis is None else mesh.shape[axis]
+    if parts > 1 and size % (parts * unit):
+        raise ShardingError(
+            f"{'.'.join(map(str, keys))}: {size} cannot be cut into {parts} parts.",
+            expected=f"parts that are multiples of {unit}.",
+            fix=f"Use a mesh with a smaller {axis!r} axis.",
+        )

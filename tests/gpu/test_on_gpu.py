@@ -1,0 +1,66 @@
+"""What must hold on an NVIDIA GPU as it does on a CPU: `JAX_PLATFORMS=cuda,cpu pytest -m gpu tests/gpu`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtune.kernels.attention import attention
+from jaxtune.quant import nf4
+from jaxtune.training.losses import next_token_loss
+from jaxtune.training.remat import LEVELS, remat
+from jaxtune.training.step import value_and_grad
+from tests.kit import tiny
+from tests.kit.compare import assert_close, assert_trees_close, assert_trees_equal
+
+pytestmark = pytest.mark.gpu
+
+
+def on_cpu(function, *args):
+    with jax.default_device(jax.devices("cpu")[0]):
+        return jax.device_get(jax.jit(function)(*jax.device_get(args)))
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096), (1024, 14336), (256, 192)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_nf4_has_the_same_bits(shape, dtype):
+    """Codes are exact. A scale's byte may move by one where the mean of all scales differs in its last bit."""
+    w = np.asarray(jax.random.normal(jax.random.key(0), shape), np.float32).astype(jnp.dtype(dtype))
+    ours, theirs = jax.jit(nf4.quantize)(jnp.asarray(w)), on_cpu(nf4.quantize, w)
+    np.testing.assert_array_equal(ours.codes, theirs.codes)
+    np.testing.assert_allclose(ours.offset, theirs.offset, rtol=1e-6)
+    off = np.abs(np.asarray(ours.absmax, np.int32) - np.asarray(theirs.absmax, np.int32))
+    assert off.max() <= 1
+    assert (off > 0).mean() <= 0.005
+    assert_trees_equal(
+        jax.jit(lambda w: w.dequantize())(jax.device_put(theirs)), on_cpu(lambda w: w.dequantize(), theirs)
+    )
+
+
+@pytest.mark.parametrize("length", [512, 2048])
+def test_attention_in_bfloat16(length):
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, length, h, 128)) for i, h in enumerate((8, 2, 2)))
+    segments = jnp.broadcast_to(jnp.repeat(jnp.array([1, 2]), length // 2), (2, length)).astype(jnp.int32)
+    positions = jnp.broadcast_to(jnp.tile(jnp.arange(length // 2), 2), (2, length)).astype(jnp.int32)
+
+    def attend(q, k, v):
+        return attention(
+            q, k, v, q_segments_BT=segments, kv_segments_BS=segments, q_positions_BT=positions,
+            kv_positions_BS=positions, scale=128**-0.5,
+        )  # fmt: skip
+
+    exact = jax.jit(attend)(q, k, v)
+    rounded = jax.jit(attend)(*(x.astype(jnp.bfloat16) for x in (q, k, v)))
+    assert_close(rounded.astype(jnp.float32), exact, 1e-2)
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_loss_and_gradient_equal_the_cpus(name):
+    """Every level of remat, offloading to the host's memory included."""
+    model = tiny.model()
+    params, lora, batch = tiny.params(model), tiny.lora(model), tiny.batch()
+    loss = next_token_loss(model, remat(name))
+    ours = jax.jit(lambda *args: value_and_grad(loss, *args))(lora, params, batch)
+    theirs = on_cpu(lambda *args: value_and_grad(next_token_loss(model), *args), lora, params, batch)
+    assert_close(ours[0], theirs[0], 1e-5)
+    assert_trees_close(jax.device_get(ours[1]), theirs[1], 1e-4)

@@ -1,0 +1,56 @@
+"""A tiny model as pure values, without files: for tests of steps, losses and remat."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune.lora import tree as lora_tree
+from jaxtune.lora.config import LoraConfig
+from jaxtune.models import names
+from jaxtune.models.causal_lm import CausalLM
+from jaxtune.models.config import ModelConfig, RopeConfig
+from jaxtune.quant import nf4
+
+
+def model(**overrides) -> CausalLM:
+    settings = dict(
+        vocab_size=128, hidden_size=128, intermediate_size=256, num_heads=4, num_kv_heads=2, head_dim=32,
+        rms_norm_eps=1e-5, rope=RopeConfig(theta=1e4), tie_word_embeddings=False, attention_bias=False,
+        mlp_bias=False, windows=(None, None),
+    )  # fmt: skip
+    return CausalLM(ModelConfig(**{**settings, **overrides}), LoraConfig(r=4))
+
+
+def params(causal_lm: CausalLM, dtype="float32"):
+    """Random weights, the layers' linears packed."""
+    rng = np.random.default_rng(0)
+
+    def leaf(path, spec):
+        w = rng.standard_normal(spec.shape) * 0.05 + ("norm" in jax.tree_util.keystr(path))
+        w = jnp.asarray(w, dtype)
+        return nf4.quantize(w) if names.keys(path)[0] == "layers" and w.ndim == 3 else w
+
+    return jax.tree_util.tree_map_with_path(leaf, causal_lm.skeleton)
+
+
+def lora(causal_lm: CausalLM):
+    """An adapter that is already awake: B is not zero."""
+    module_names = functools.partial(names.hf_names, causal_lm.config)
+    fresh = lora_tree.init(causal_lm.skeleton, causal_lm.lora_config, module_names, jax.random.key(0))
+    return jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(1), x.shape), fresh)
+
+
+def batch(*, micro_batches=2, rows=4, length=32, vocab=128, seed=1):
+    """Two segments in every row, most tokens trained on."""
+    rng = np.random.default_rng(seed)
+    shape = (micro_batches, rows, length)
+    tokens = rng.integers(0, vocab, shape).astype(np.int32)
+    half = length // 2
+    return {
+        "tokens": tokens,
+        "labels": np.where(rng.random(shape) < 0.7, np.roll(tokens, -1, -1), -100).astype(np.int32),
+        "segment_ids": np.broadcast_to(np.repeat([1, 2], half), shape).astype(np.int32),
+        "positions": np.broadcast_to(np.tile(np.arange(half), 2), shape).astype(np.int32),
+    }

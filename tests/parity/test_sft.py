@@ -1,0 +1,157 @@
+"""Thirty steps of SFT against a plain torch + PEFT loop: the same data, the same initial adapter, AdamW by torch."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import peft
+import pytest
+import torch
+
+from jaxtune import FastLanguageModel, SFTConfig, SFTTrainer, get_chat_template
+from jaxtune.lora import peft_format
+from jaxtune.models import names
+from jaxtune.training.losses import next_token_loss
+from jaxtune.training.remat import remat
+from jaxtune.training.step import value_and_grad
+from tests.kit import models
+from tests.kit.compare import assert_close
+
+STEPS = 30
+CONFIG = SFTConfig(
+    max_steps=STEPS,
+    learning_rate=5e-3,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    weight_decay=0.01,
+    assistant_only_loss=True,
+)
+
+
+def dataset():
+    rng = np.random.default_rng(0)
+    words = ["fox", "dog", "quick", "lazy", "over", "jumps"]
+
+    def say(n):
+        return " ".join(rng.choice(words, n))
+
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": say(rng.integers(1, 12))},
+                {"role": "assistant", "content": say(rng.integers(1, 20))},
+            ]
+        }
+        for _ in range(23)  # does not divide into steps: the last one of an epoch is smaller
+    ]
+
+
+@pytest.fixture(scope="module", params=["float32", "nf4"])
+def trainer(request, tmp_path_factory):
+    """One trainer, and the torch model that it must agree with; for NF4 that has our dequantised weights."""
+    theirs = models.random_llama()
+    folder = models.save(theirs, tmp_path_factory.mktemp("sft") / "base")
+    model, tokenizer = FastLanguageModel.from_pretrained(folder, dtype="float32", load_in_4bit=request.param == "nf4")
+    if request.param == "nf4":
+        put_dequantized(theirs, model)
+    model = FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16)
+    tokenizer = get_chat_template(tokenizer, "chatml")
+    return SFTTrainer(model, CONFIG, dataset(), tokenizer=tokenizer), torch_twin(theirs, model)
+
+
+def put_dequantized(theirs, ours):
+    weights = dict(theirs.named_parameters())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(ours.causal_lm.skeleton):
+        path = names.keys(path)
+        stack = ours.params
+        for key in path:
+            stack = stack[key]
+        if hasattr(stack, "dequantize"):
+            assert stack.shape == leaf.shape
+            for name, one in zip(names.hf_names(ours.causal_lm.config, path), stack.dequantize(), strict=True):
+                weights[name].data = torch.from_numpy(np.array(one))
+
+
+def torch_twin(theirs, ours):
+    config = ours.causal_lm.lora_config
+    settings = peft.LoraConfig(
+        r=config.r, lora_alpha=config.lora_alpha, target_modules=list(config.target_modules), task_type="CAUSAL_LM"
+    )
+    twin = peft.get_peft_model(theirs, settings)
+    state = {name: torch.from_numpy(np.array(a)) for name, a in peft_format.to_tensors(ours.lora, ours.module_names)}
+    result = peft.set_peft_model_state_dict(twin, state)
+    assert not result.unexpected_keys
+    return twin.train()
+
+
+def sequences(batch):
+    """(tokens, labels) of every sample in a batch: taken out of its rows again, by segment."""
+    for a, r in np.ndindex(batch["tokens"].shape[:2]):
+        segments = batch["segment_ids"][a, r]
+        for segment in range(1, segments.max() + 1):
+            mine = segments == segment
+            yield batch["tokens"][a, r][mine], batch["labels"][a, r][mine]
+
+
+def torch_loss(twin, batch):
+    """Every sample alone, summed, divided by the trained tokens of the step."""
+    total, count = 0.0, 0
+    for tokens, labels in sequences(batch):
+        logits = twin(torch.from_numpy(tokens[None]).long()).logits[0]
+        total = total + torch.nn.functional.cross_entropy(
+            logits, torch.from_numpy(labels).long(), ignore_index=-100, reduction="sum"
+        )
+        count += int((labels != -100).sum())
+    return total / count
+
+
+def lora_gradients(twin):
+    return {
+        name.replace(".default", ""): weight.grad.numpy()
+        for name, weight in twin.named_parameters()
+        if weight.grad is not None
+    }
+
+
+def test_first_gradient_and_thirty_losses(trainer):
+    trainer, twin = trainer
+    args, model = trainer.args, trainer.model
+    batches = [batch for _, (batch, _) in zip(range(STEPS), trainer.batches(), strict=False)]
+
+    # B starts at zero, and so would A's gradient: compared where both are alive, after a nudge.
+    nudged = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(1), x.shape), model.lora)
+    loss = next_token_loss(model.causal_lm, remat("block"))
+    value, grads = jax.jit(lambda lora, params: value_and_grad(loss, lora, params, batches[0]))(nudged, model.params)
+    probe = torch_twin(twin.unload(), dataclasses.replace(model, lora=nudged))
+    expected = torch_loss(probe, batches[0])
+    expected.backward()
+    assert_close(value, expected.detach().numpy(), 1e-5)
+    ours = dict(peft_format.to_tensors(grads, model.module_names))
+    theirs = lora_gradients(probe)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        assert_close(gradient, theirs[name], 1e-4, name)
+
+    twin = torch_twin(probe.unload(), model)
+    trained = [weight for weight in twin.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay
+    )
+    warmup = args.warmup(STEPS)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: step / warmup if step < warmup else (STEPS - step) / (STEPS - warmup)
+    )
+    losses = []
+    for batch in batches:
+        optimizer.zero_grad()
+        step_loss = torch_loss(twin, batch)
+        step_loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        losses.append(float(step_loss))
+
+    trainer.train()
+    ours = [record["loss"] for record in trainer.log_history]
+    assert losses[-1] < losses[0] - 1, "the run must learn something for the comparison to mean anything"
+    np.testing.assert_allclose(ours, losses, rtol=0, atol=1e-3)
