@@ -110,7 +110,9 @@ class LanguageModel:
             temperature=temperature if do_sample else None,
             key=jax.random.key(seed),
         )
-        whole = [np.concatenate([row, np.asarray(more, np.int32)]) for row, more in zip(rows, new, strict=True)]
+        whole = [
+            np.concatenate([row, np.asarray(more, np.int32)]) for row, more in zip(rows, new, strict=True)
+        ]
         pad = self._pad_id(stops) if pad_token_id is None else pad_token_id
         longest = max(map(len, whole))
         return np.stack([np.pad(row, (0, longest - len(row)), constant_values=pad) for row in whole])
@@ -141,7 +143,9 @@ class LanguageModel:
         trained = 0 if self.lora is None else lora_tree.count(self.lora)
         base = sum(leaf.size for leaf in jax.tree.leaves(self.causal_lm.skeleton))
         total = base + trained
-        print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
+        print(
+            f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"
+        )
 
     def _pad_id(self, stops: Sequence[int]) -> int:
         pad = getattr(self.tokenizer, "pad_token_id", None)
@@ -227,8 +231,12 @@ class FastLanguageModel:
         )
         causal_lm = dataclasses.replace(model.causal_lm, lora_config=config)
         lora = lora_tree.init(causal_lm.skeleton, config, model.module_names, jax.random.key(random_state))
-        checkpointing = model.gradient_checkpointing if use_gradient_checkpointing is None else use_gradient_checkpointing
-        return dataclasses.replace(model, causal_lm=causal_lm, lora=lora, gradient_checkpointing=checkpointing)
+        checkpointing = (
+            model.gradient_checkpointing if use_gradient_checkpointing is None else use_gradient_checkpointing
+        )
+        return dataclasses.replace(
+            model, causal_lm=causal_lm, lora=lora, gradient_checkpointing=checkpointing
+        )
 
     @staticmethod
     def for_inference(model: LanguageModel) -> LanguageModel:
@@ -248,7 +256,9 @@ def compute_dtype(dtype: Any) -> jnp.dtype:
     name = str(dtype).removeprefix("torch.") if "torch" in str(dtype) else jnp.dtype(dtype).name
     if name not in ("float32", "bfloat16", "float16"):
         raise OptionError(
-            f"dtype={dtype!r}.", expected="float32, bfloat16, float16 or None.", fix="Leave dtype out for the default."
+            f"dtype={dtype!r}.",
+            expected="float32, bfloat16, float16 or None.",
+            fix="Leave dtype out for the default.",
         )
     return jnp.dtype(name)
 
@@ -257,7 +267,7 @@ def _refuse_quantized(hf: dict, folder: Path) -> None:
     quantization = hf.get("quantization_config")
     if quantization:
         raise UnsupportedModelError(
-            f"{folder} holds weights that are already quantised ({quantization.get('quant_method', 'unknown method')}).",
+            f"{folder} holds weights that are quantised already ({quantization.get('quant_method', 'unknown')}).",
             expected="a 16-bit or 32-bit checkpoint: load_in_4bit quantises it while it loads.",
             fix="Name the original model instead of its quantised copy.",
         )

@@ -23,7 +23,7 @@ def mirrors(without_effect: Mapping[str, Any]) -> Callable[[F], F]:
 
     def decorate(function: F) -> F:
         if inspect.isclass(function):
-            function.__init__ = decorate(function.__init__)  # type: ignore[misc]
+            function.__init__ = decorate(function.__init__)  # type: ignore[method-assign]
             return function
         own = list(inspect.signature(function).parameters)
         title = function.__qualname__.removesuffix(".__init__")
@@ -40,7 +40,9 @@ def mirrors(without_effect: Mapping[str, Any]) -> Callable[[F], F]:
     return decorate
 
 
-def _accept_or_raise(title: str, name: str, value: Any, own: list[str], without_effect: Mapping[str, Any]) -> None:
+def _accept_or_raise(
+    title: str, name: str, value: Any, own: list[str], without_effect: Mapping[str, Any]
+) -> None:
     if name not in without_effect:
         known = [known for known in (*own, *without_effect) if known != "self"]
         raise OptionError(

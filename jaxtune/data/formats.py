@@ -45,7 +45,7 @@ def prepare(
         completion_only_loss: train on the completion only. None: where the data says what that is (a `prompt` with a
             `completion`, or a `completion_mask`).
         assistant_only_loss: train only on what the assistant wrote in conversations.
-        vocab_size: token ids that the model knows; None takes the tokenizer's. With it, tokenised rows need no tokenizer.
+        vocab_size: token ids that the model knows; None takes the tokenizer's.
     """
     if max_length is not None and max_length < 2:
         raise OptionError(

@@ -96,7 +96,9 @@ def _generate(model, greedy, N, params, lora, tokens_BP, mask_BP, stop_ids, temp
     return out_BN, count_B
 
 
-def _check(model: CausalLM, prompts, max_new_tokens: int, temperature: float | None) -> None:
+def _check(
+    model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float | None
+) -> None:
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise OptionError(
             "generate was given an empty prompt." if prompts else "generate was given no prompts.",

@@ -6,5 +6,9 @@ def implementations() -> dict[str, str]:
     """The implementation that each op will use on this machine."""
     from jaxtune.kernels import attention, linear_cross_entropy, nf4
 
-    ops = {"attention": attention.api, "linear_cross_entropy": linear_cross_entropy.api, "nf4_matmul": nf4.api}
+    ops = {
+        "attention": attention.api,
+        "linear_cross_entropy": linear_cross_entropy.api,
+        "nf4_matmul": nf4.api,
+    }
     return {name: api.implementation() for name, api in ops.items()}

@@ -104,7 +104,9 @@ def _convert(tensor, dtype):
     return value, jnp.isfinite(value).all()
 
 
-def _check_names_and_shapes(model: CausalLM, checkpoint: Checkpoint, leaves) -> None:
+def _check_names_and_shapes(
+    model: CausalLM, checkpoint: Checkpoint, leaves: list[tuple[names.Path, tuple[int, ...]]]
+) -> None:
     expected = {
         name: shape[1:] if names.is_stacked(path) else shape
         for path, shape in leaves

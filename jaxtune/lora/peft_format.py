@@ -20,7 +20,7 @@ _FACTORS = {"a": "lora_A", "b": "lora_B"}
 
 ModuleNames = Callable[[tuple], list[str]]
 
-UNDERSTOOD_ONLY_AS = {
+UNDERSTOOD_ONLY_AS: dict[str, Any] = {
     "bias": "none",
     "modules_to_save": None,
     "layers_to_transform": None,

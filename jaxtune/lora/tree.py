@@ -60,7 +60,7 @@ def init(
     return adapter
 
 
-def insert(tree: Tree, path: tuple, leaf) -> None:
+def insert(tree: Tree, path: tuple, leaf: Any) -> None:
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
     tree[path[-1]] = leaf

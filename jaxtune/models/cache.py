@@ -23,15 +23,19 @@ from jaxtune.models.config import ModelConfig
 class KVCache:
     """`keys[s][p]`, `values[s][p]`: [repeats, B, S, K, D]; `used`: how many columns hold tokens."""
 
-    def __init__(self, keys: Any, values: Any, segments_BS: jax.Array, positions_BS: jax.Array, used: jax.Array):
+    def __init__(
+        self, keys: Any, values: Any, segments_BS: jax.Array, positions_BS: jax.Array, used: jax.Array
+    ):
         self.keys, self.values = keys, values
         self.segments_BS, self.positions_BS, self.used = segments_BS, positions_BS, used
 
     @classmethod
-    def empty(cls, c: ModelConfig, rows: int, columns: int, dtype) -> "KVCache":
+    def empty(cls, c: ModelConfig, rows: int, columns: int, dtype: Any) -> "KVCache":
         def stacks():
             shape = (rows, columns, c.num_kv_heads, c.head_dim)
-            return [[jnp.zeros((len(layers) // p, *shape), dtype) for _ in range(p)] for layers, p in c.segments]
+            return [
+                [jnp.zeros((len(layers) // p, *shape), dtype) for _ in range(p)] for layers, p in c.segments
+            ]
 
         none = jnp.zeros((rows, columns), jnp.int32)
         return cls(stacks(), stacks(), none, none, jnp.zeros((), jnp.int32))
@@ -55,7 +59,9 @@ class LayerCache(NamedTuple):
     values: jax.Array
     repeat: jax.Array
 
-    def write(self, k_BTKD, v_BTKD, column) -> tuple["LayerCache", jax.Array, jax.Array]:
+    def write(
+        self, k_BTKD: jax.Array, v_BTKD: jax.Array, column: jax.Array
+    ) -> tuple["LayerCache", jax.Array, jax.Array]:
         """Puts T columns in place; returns the cache and this layer's keys and values [B, S, K, D]."""
 
         def put(stack, new):

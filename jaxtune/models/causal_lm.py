@@ -1,4 +1,4 @@
-"""CausalLM: an architecture and its adapter's settings as one frozen value, with the pure functions of a language model.
+"""CausalLM: an architecture and its adapter's settings as one frozen value, with a language model's pure functions.
 
 It holds no arrays. `params` is a plain nested dict (packed where quantised), `lora` the adapter's tree or None;
 both are arguments, so that jit, grad and vmap see them.
@@ -23,7 +23,7 @@ Lora = dict[str, Any]
 
 
 @functools.cache
-def _define(config: ModelConfig):
+def _define(config: ModelConfig) -> tuple[Any, dict[str, Any]]:
     definition, state = nnx.split(jax.eval_shape(lambda: Decoder(config)))
     return definition, nnx.to_pure_dict(state)
 
@@ -59,7 +59,9 @@ class CausalLM:
             positions_BT = jnp.maximum(jnp.cumsum((segments_BT > 0).astype(jnp.int32), axis=1) - 1, 0)
         if lora is not None:
             if self.lora_config is None:
-                raise ValueError("an adapter tree was given, but this CausalLM has no lora_config to scale it by")
+                raise ValueError(
+                    "an adapter tree was given, but this CausalLM has no lora_config to scale it by"
+                )
             lora = with_scales(lora, self.lora_config)
         decoder = nnx.merge(_define(self.config)[0], params)
         return decoder(tokens_BT, segments_BT, positions_BT, lora, cache, remat)

@@ -5,9 +5,11 @@ Called with tokens it returns hidden states: logits belong to the fused loss, or
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -37,7 +39,7 @@ class Decoder(nnx.Module):
         tokens_BT: jax.Array,
         segments_BT: jax.Array,
         positions_BT: jax.Array,
-        lora=None,
+        lora: Any = None,
         cache: KVCache | None = None,
         remat: Remat | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
@@ -50,7 +52,7 @@ class Decoder(nnx.Module):
             positions_BT,
             segments_BT if cache is None else cache.segments_BS,
             positions_BT if cache is None else cache.positions_BS,
-            *rope.tables(positions_BT, jnp.asarray(self.rope_frequencies, jnp.float32)),
+            *rope.tables(positions_BT, np.asarray(self.rope_frequencies, np.float32)),
             column,
         )
         x_BTM = self.embed_tokens(tokens_BT)
@@ -64,7 +66,15 @@ def _stack(c: ModelConfig, repeats: int, window: int | None) -> Block:
     return jax.vmap(lambda _: Block(c, window))(jnp.arange(repeats))
 
 
-def _scan(blocks, adapters, x_BTM, where: Where, cache: KVCache | None, s: int, remat: Remat | None):
+def _scan(
+    blocks: list[Block],
+    adapters: list,
+    x_BTM: jax.Array,
+    where: Where,
+    cache: KVCache | None,
+    s: int,
+    remat: Remat | None,
+) -> tuple[jax.Array, KVCache | None]:
     """One segment: the super-block (its p positions, one after the other) scanned over its repeats."""
 
     def super_block(carry, layer):
@@ -73,7 +83,7 @@ def _scan(blocks, adapters, x_BTM, where: Where, cache: KVCache | None, s: int, 
         out = []
         for p, (module, lora) in enumerate(zip(modules, loras, strict=True)):
             with jax.named_scope(f"block_{p}"):
-                mine = None if stacks is None else LayerCache(*stacks[p], repeat)
+                mine = None if stacks is None else LayerCache(stacks[p][0], stacks[p][1], repeat)
                 x, mine = module(x, where, lora, mine)
                 out.append(None if mine is None else (mine.keys, mine.values))
         return (x, None if stacks is None else out), None

@@ -1,12 +1,15 @@
 """One rule from a leaf's place in `params` to its Hugging Face names. Loading, adapters, merging, sharding and export
 all read this; nothing else knows how weights are called on disk."""
 
+from typing import Any
+
 from jaxtune.models.config import ModelConfig
 
-Path = tuple[str | int, ...]
+Path = tuple[Any, ...]
+"""Keys from the root: names, and two numbers after "layers"."""
 
 
-def keys(path) -> Path:
+def keys(path: Any) -> Path:
     """A `jax.tree_util` key path as plain keys: ("layers", 0, 0, "mlp", "up_proj", "weight")."""
     return tuple(k.key if hasattr(k, "key") else k.name if hasattr(k, "name") else k.idx for k in path)
 

@@ -4,7 +4,7 @@ part of the adapter tree, or None. Constructors only shape parameters (they run 
 Shapes: B rows, T tokens, M model width, H heads, K key/value heads, D head size.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class Where(NamedTuple):
     """The cache's column that the first token goes to; None without a cache."""
 
 
-def part(lora, name):
+def part(lora: Any, name: str | int) -> Any:
     """A module's own part of the adapter tree."""
     return None if lora is None else lora.get(name)
 
@@ -84,7 +84,9 @@ class Attention(nnx.Module):
         self.o_proj = Linear(c.hidden_size, c.num_heads * c.head_dim, c.attention_bias)
         self.head_dim, self.scale, self.window = c.head_dim, c.attention_scale, window
 
-    def __call__(self, x_BTM, where: Where, lora, cache: LayerCache | None):
+    def __call__(
+        self, x_BTM: jax.Array, where: Where, lora: Any, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
         B, T, _ = x_BTM.shape
 
         def heads(name):
@@ -94,6 +96,7 @@ class Attention(nnx.Module):
         k = checkpoint_name(rope.rotate(heads("k_proj"), where.cos, where.sin), "qkv")
         v = checkpoint_name(heads("v_proj"), "qkv")
         if cache is not None:
+            assert where.column is not None
             cache, k, v = cache.write(k, v, where.column)
         out_BTHD = attention(
             q,
@@ -129,7 +132,9 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def __call__(self, x_BTM, where: Where, lora=None, cache: LayerCache | None = None):
+    def __call__(
+        self, x_BTM: jax.Array, where: Where, lora: Any = None, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
         """The block's output, and its part of the cache with these tokens in it."""
         x_BTM = checkpoint_name(x_BTM, "block_input")
         attended, cache = self.self_attn(self.input_layernorm(x_BTM), where, part(lora, "self_attn"), cache)

@@ -17,9 +17,7 @@ def frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
         return plain
     # Llama 3: long wavelengths are slowed by `factor`, short ones kept, those between blended.
     wavelength = 2 * math.pi / plain
-    short, long = (
-        rope.original_max_position / f for f in (rope.high_freq_factor, rope.low_freq_factor)
-    )
+    short, long = (rope.original_max_position / f for f in (rope.high_freq_factor, rope.low_freq_factor))
     kept = (rope.original_max_position / wavelength - rope.low_freq_factor) / (
         rope.high_freq_factor - rope.low_freq_factor
     )

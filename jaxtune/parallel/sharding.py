@@ -5,6 +5,7 @@ whole tiles of 128 inputs, which hold 64 bytes of codes and 2 scales; their seco
 (1/4096 of the codes). An adapter follows its weight: a has its `in`, b its `out`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,9 @@ TILE = 128
 _COLUMN = ("tensor", "fsdp")
 _ROW = ("fsdp", "tensor")
 RULES: dict[str, tuple[str, str]] = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"), _COLUMN),
+    **dict.fromkeys(
+        ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"), _COLUMN
+    ),
     **dict.fromkeys(("o_proj", "down_proj"), _ROW),
 }
 """A module's name -> the axes of its weight's (out, in). What is not named here (norms) is whole everywhere."""
@@ -42,11 +45,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
-def _map_leaves(rule, tree: Any, mesh: Mesh) -> Any:
+def _map_leaves(rule: Callable, tree: Any, mesh: Mesh) -> Any:
     def leaf(path, value):
         keys = tuple(getattr(key, "key", key) for key in path)
         return jax.tree.map(
-            lambda spec: NamedSharding(mesh, spec), rule(keys, value, mesh), is_leaf=lambda x: isinstance(x, P)
+            lambda spec: NamedSharding(mesh, spec),
+            rule(keys, value, mesh),
+            is_leaf=lambda x: isinstance(x, P),
         )
 
     return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=lambda x: isinstance(x, NF4Array))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ class NF4Array:
     def packed(self) -> nf4.Packed:
         return nf4.Packed(self.codes, self.absmax, self.nested_absmax, self.offset)
 
-    def dequantize(self, dtype=None) -> jax.Array:
+    def dequantize(self, dtype: Any = None) -> jax.Array:
         one = functools.partial(nf4.dequantize, shape=self.out_in, dtype=dtype or self.dtype)
         for _ in self.offset.shape:
             one = jax.vmap(one)
@@ -54,7 +55,7 @@ def quantize(w: jax.Array) -> NF4Array:
     return NF4Array(*one(w), out_in=(w.shape[-2], w.shape[-1]), dtype=w.dtype.name)
 
 
-def abstract(shape: tuple[int, ...], dtype) -> NF4Array:
+def abstract(shape: tuple[int, ...], dtype: Any) -> NF4Array:
     """The shapes that `quantize` would give for a weight of this shape."""
     return jax.eval_shape(quantize, jax.ShapeDtypeStruct(shape, dtype))
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxtune.errors import TrainingError
 from jaxtune.models.causal_lm import Params
@@ -21,7 +20,7 @@ def run(
     step: Step,
     state: TrainState,
     params: Params,
-    batches: Iterable[tuple[Mapping[str, np.ndarray], Mapping[str, float]]],
+    batches: Iterable[tuple[Mapping[str, Any], Mapping[str, float]]],
     on_record: Callable[[Record], Any],
 ) -> TrainState:
     """Runs one step for every (batch, facts). `on_record` sees each step's numbers once the next one is under way."""
@@ -47,7 +46,7 @@ def run(
         on_record(record)
 
     for number, (batch, facts) in enumerate(batches, start=int(state.step) + 1):
-        state, metrics = step(state, params, dict(batch))
+        state, metrics = step(state, params, batch)
         settle()
         pending = (number, metrics, facts)
     settle()

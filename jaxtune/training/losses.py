@@ -10,7 +10,8 @@ from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.models.decoder import Remat
 
 MicroBatch = Mapping[str, jax.Array]
-"""`tokens`, `labels`, `segment_ids`, `positions`, int32 [R, L]; labels are already shifted, -100 is not trained on."""
+"""`tokens`, `labels`, `segment_ids`, `positions`, int32 [R, L] (a whole batch: [A, R, L]); labels are already shifted,
+-100 is not trained on."""
 
 Loss = Callable[[Lora | None, Params, MicroBatch], jax.Array]
 """The sum over a micro-batch's trained tokens. The step divides by their number in the whole batch."""

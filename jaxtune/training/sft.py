@@ -1,33 +1,25 @@
 """SFTTrainer: supervised fine-tuning of a model's adapter, under TRL's names."""
 
-import dataclasses
 import itertools
-import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
-
-from tqdm.auto import tqdm
 
 from jaxtune.data.batches import BatchStream
 from jaxtune.data.formats import prepare
 from jaxtune.data.sample import Sample
-from jaxtune.errors import AdapterError, OptionError, OutputFolderError
-from jaxtune.log import get_logger, show
+from jaxtune.errors import AdapterError, OptionError
+from jaxtune.log import show
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.options import mirrors
 from jaxtune.training.config import SFTConfig
-from jaxtune.training.losses import next_token_loss
 from jaxtune.training.loop import Record, run
+from jaxtune.training.losses import next_token_loss
+from jaxtune.training.metrics import RunLog
 from jaxtune.training.optimizers import adamw, schedule
 from jaxtune.training.remat import level, remat
-from jaxtune.training.step import TrainState, init_state, make_step
-
-log = get_logger(__name__)
-
-METRICS_FILE = "metrics.jsonl"
+from jaxtune.training.step import init_state, make_step
 
 
 class Trainable(Protocol):
@@ -114,7 +106,7 @@ class SFTTrainer:
         self.log_history = []
         losses: list[float] = []
         started = time.perf_counter()
-        with _Log(args, total) as output:
+        with RunLog(args, total) as output:
 
             def on_record(record: Record) -> None:
                 losses.append(record["loss"])
@@ -125,7 +117,11 @@ class SFTTrainer:
                     output.write(record)
                 output.advance()
 
-            state = self._run(step, state, itertools.islice(stream, total), on_record)
+            batches = (
+                (batch, {"epoch": info.epoch, "packing_efficiency": info.efficiency})
+                for batch, info in itertools.islice(stream, total)
+            )
+            state = run(step, state, self.model.params, batches, on_record)
         self.model.lora = state.lora
         runtime = time.perf_counter() - started
         mean = sum(losses) / len(losses) if losses else math.nan
@@ -147,58 +143,3 @@ class SFTTrainer:
             accumulation=self.args.gradient_accumulation_steps,
             seed=self.args.seed,
         )
-
-    def _run(self, step, state: TrainState, batches: Iterator, on_record: Callable[[Record], None]) -> TrainState:
-        facts = (
-            (batch, {"epoch": info.epoch, "packing_efficiency": info.efficiency}) for batch, info in batches
-        )
-        return run(step, state, self.model.params, facts, on_record)
-
-
-class _Log:
-    """The progress bar, and metrics.jsonl where there is an output_dir."""
-
-    def __init__(self, args: SFTConfig, total: int):
-        self.file = None
-        if args.output_dir is not None:
-            folder = Path(args.output_dir)
-            if folder.is_dir() and any(folder.iterdir()) and not (folder / METRICS_FILE).is_file():
-                raise OutputFolderError(
-                    f"{folder} exists and holds files that are not a run of ours.",
-                    expected="a new or empty folder, or one of an earlier run, whose log is then replaced.",
-                    fix="Choose another output_dir, or empty this one.",
-                )
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                self.file = (folder / METRICS_FILE).open("w")
-            except OSError as error:
-                raise OutputFolderError(
-                    f"{folder} cannot be written: {error.strerror or error}.",
-                    expected="a folder that can be written.",
-                    fix="Choose another output_dir, or correct its permissions.",
-                ) from error
-            settings = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(args).items()}
-            self.file.write(json.dumps({"settings": settings}) + "\n")
-        self.bar = tqdm(total=total, unit="step", disable=None)
-
-    def write(self, record: Record) -> None:
-        if self.file is not None:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
-        rate = record["tokens"] / max(record["step_time_sec"], 1e-9)
-        log.info(
-            "step %d: loss %.4f, grad_norm %.3f, lr %.2e, %.0f tokens/s",
-            record["step"], record["loss"], record["grad_norm"], record["learning_rate"], rate,
-        )  # fmt: skip
-        self.bar.set_postfix(loss=f"{record['loss']:.4f}")
-
-    def advance(self) -> None:
-        self.bar.update()
-
-    def __enter__(self) -> "_Log":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        if self.file is not None:
-            self.file.close()

@@ -11,7 +11,7 @@ import optax
 from jax import lax
 
 from jaxtune.models.causal_lm import Lora, Params
-from jaxtune.training.losses import Loss, trained_tokens
+from jaxtune.training.losses import Loss, MicroBatch, trained_tokens
 from jaxtune.training.optimizers import Schedule
 
 Metrics = dict[str, jax.Array]
@@ -25,7 +25,7 @@ class TrainState(NamedTuple):
     optimizer: Any
 
 
-Step = Callable[[TrainState, Params, dict[str, jax.Array]], tuple[TrainState, Metrics]]
+Step = Callable[[TrainState, Params, MicroBatch], tuple[TrainState, Metrics]]
 
 
 def init_state(lora: Lora, optimizer: optax.GradientTransformation) -> TrainState:
@@ -34,7 +34,7 @@ def init_state(lora: Lora, optimizer: optax.GradientTransformation) -> TrainStat
     return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora))
 
 
-def value_and_grad(loss: Loss, lora: Lora, params: Params, batch) -> tuple[jax.Array, Lora]:
+def value_and_grad(loss: Loss, lora: Lora, params: Params, batch: MicroBatch) -> tuple[jax.Array, Lora]:
     """Mean loss and gradient over all trained tokens of batch [A, R, L]: A micro-batches, one after the other."""
     total = jnp.maximum(trained_tokens(batch), 1).astype(jnp.float32)
     mean = jax.value_and_grad(lambda lora, micro: loss(lora, params, micro) / total)
@@ -52,7 +52,7 @@ def make_step(
     """`max_grad_norm=None` does not clip. The state is donated."""
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, params: Params, batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, params: Params, batch: MicroBatch) -> tuple[TrainState, Metrics]:
         value, grads = value_and_grad(loss, state.lora, params, batch)
         norm = optax.tree.norm(grads)
         if max_grad_norm is not None:

@@ -35,7 +35,9 @@ def test_greedy_equals_transformers_for_64_tokens(both, prompts):
     expected = theirs.generate(
         torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), max_new_tokens=NEW, do_sample=False
     ).numpy()
-    assert expected.shape[1] == 12 + NEW, "the reference must not stop early, or this compares less than it says"
+    assert expected.shape[1] == 12 + NEW, (
+        "the reference must not stop early, or this compares less than it says"
+    )
     np.testing.assert_array_equal(ours.generate(ids, mask, max_new_tokens=NEW), expected)
 
 

@@ -60,7 +60,9 @@ def test_matches_plain_softmax(rows, window, block):
     out = np.asarray(jax.jit(ours)(q, k, v))
     assert np.isfinite(out).all()
     assert_close(out[real], plain(q, k, v, segments, positions, 0.3, window)[real], 1e-5)
-    grads = jax.grad(lambda *qkv: jnp.where(real[:, :, None, None], ours(*qkv), 0).sum(), argnums=(0, 1, 2))(q, k, v)
+    grads = jax.grad(lambda *qkv: jnp.where(real[:, :, None, None], ours(*qkv), 0).sum(), argnums=(0, 1, 2))(
+        q, k, v
+    )
     assert all(np.isfinite(g).all() for g in grads)
     assert all(np.abs(np.asarray(g)[~real]).max(initial=0) == 0 for g in grads), "padding has no gradient"
 
@@ -78,7 +80,9 @@ def test_blocks_keep_no_scores():
         ).sum()  # fmt: skip
 
     def temporary(block):
-        compiled = jax.jit(jax.grad(lambda *qkv: loss(*qkv, block), argnums=(0, 1, 2))).lower(*shapes).compile()
+        compiled = (
+            jax.jit(jax.grad(lambda *qkv: loss(*qkv, block), argnums=(0, 1, 2))).lower(*shapes).compile()
+        )
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(128) < temporary(S) / 4

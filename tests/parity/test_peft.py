@@ -33,7 +33,9 @@ def torch_logits(model):
 
 def perturbed(model):
     """B is zero at first, which would hide every mistake."""
-    model.lora = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), model.lora)
+    model.lora = jax.tree.map(
+        lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), model.lora
+    )
     return model
 
 
@@ -56,7 +58,9 @@ def test_ours_in_peft(base, tmp_path, settings):
     model = perturbed(model)
     model.save_pretrained(tmp_path / "adapter", tokenizer)
 
-    theirs = peft.PeftModel.from_pretrained(models.LlamaForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(
+        models.LlamaForCausalLM.from_pretrained(folder), tmp_path / "adapter"
+    )
     assert relative_rms(logits(model), before) > 1e-2, "the adapter must matter for this to show anything"
     assert_close(logits(model), torch_logits(theirs), 1e-4)
 
@@ -67,14 +71,18 @@ def test_ours_in_peft(base, tmp_path, settings):
 
 def test_theirs_in_ours(base, tmp_path):
     theirs, folder = base
-    config = peft.LoraConfig(r=8, lora_alpha=24, target_modules=["q_proj", "v_proj", "gate_proj"], task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=8, lora_alpha=24, target_modules=["q_proj", "v_proj", "gate_proj"], task_type="CAUSAL_LM"
+    )
     theirs = peft.get_peft_model(models.LlamaForCausalLM.from_pretrained(folder), config)
     with torch.no_grad():
         for name, weight in theirs.named_parameters():
             if "lora_" in name:
                 weight.add_(0.05 * torch.randn_like(weight))
     theirs.save_pretrained(tmp_path / "adapter")
-    ours, tokenizer = FastLanguageModel.from_pretrained(tmp_path / "adapter", dtype="float32", load_in_4bit=False)
+    ours, tokenizer = FastLanguageModel.from_pretrained(
+        tmp_path / "adapter", dtype="float32", load_in_4bit=False
+    )
     assert_close(logits(ours), torch_logits(theirs), 1e-4)
     assert len(tokenizer) == len(models.tokenizer())
 
@@ -85,7 +93,9 @@ def test_the_folder_is_what_peft_writes(base, tmp_path):
     FastLanguageModel.get_peft_model(model, r=4).save_pretrained(tmp_path / "ours")
     seven = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
     peft_config = peft.LoraConfig(r=4, target_modules=seven, task_type="CAUSAL_LM")
-    peft.get_peft_model(models.LlamaForCausalLM.from_pretrained(folder), peft_config).save_pretrained(tmp_path / "peft")
+    peft.get_peft_model(models.LlamaForCausalLM.from_pretrained(folder), peft_config).save_pretrained(
+        tmp_path / "peft"
+    )
 
     ours, theirs = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "peft"))
     assert {name: a.shape for name, a in ours.items()} == {name: a.shape for name, a in theirs.items()}
@@ -98,7 +108,9 @@ def test_initial_a_is_distributed_as_pefts(base):
     _, folder = base
     model, _ = FastLanguageModel.from_pretrained(folder, dtype="float32")
     a = FastLanguageModel.get_peft_model(model, r=16).lora["layers"][0][0]["self_attn"]["q_proj"]["a"]
-    theirs = torch.nn.Linear(128, 16, bias=False).weight.detach()  # PEFT's default is torch's own for a linear
+    theirs = torch.nn.Linear(
+        128, 16, bias=False
+    ).weight.detach()  # PEFT's default is torch's own for a linear
     assert abs(float(abs(a).max()) - 1 / np.sqrt(128)) < 1e-3
     assert abs(float(a.std()) / float(theirs.std()) - 1) < 0.1
 

@@ -51,7 +51,9 @@ def trainer(request, tmp_path_factory):
     """One trainer, and the torch model that it must agree with; for NF4 that has our dequantised weights."""
     theirs = models.random_llama()
     folder = models.save(theirs, tmp_path_factory.mktemp("sft") / "base")
-    model, tokenizer = FastLanguageModel.from_pretrained(folder, dtype="float32", load_in_4bit=request.param == "nf4")
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        folder, dtype="float32", load_in_4bit=request.param == "nf4"
+    )
     if request.param == "nf4":
         put_dequantized(theirs, model)
     model = FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16)
@@ -68,17 +70,25 @@ def put_dequantized(theirs, ours):
             stack = stack[key]
         if hasattr(stack, "dequantize"):
             assert stack.shape == leaf.shape
-            for name, one in zip(names.hf_names(ours.causal_lm.config, path), stack.dequantize(), strict=True):
+            for name, one in zip(
+                names.hf_names(ours.causal_lm.config, path), stack.dequantize(), strict=True
+            ):
                 weights[name].data = torch.from_numpy(np.array(one))
 
 
 def torch_twin(theirs, ours):
     config = ours.causal_lm.lora_config
     settings = peft.LoraConfig(
-        r=config.r, lora_alpha=config.lora_alpha, target_modules=list(config.target_modules), task_type="CAUSAL_LM"
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        target_modules=list(config.target_modules),
+        task_type="CAUSAL_LM",
     )
     twin = peft.get_peft_model(theirs, settings)
-    state = {name: torch.from_numpy(np.array(a)) for name, a in peft_format.to_tensors(ours.lora, ours.module_names)}
+    state = {
+        name: torch.from_numpy(np.array(a))
+        for name, a in peft_format.to_tensors(ours.lora, ours.module_names)
+    }
     result = peft.set_peft_model_state_dict(twin, state)
     assert not result.unexpected_keys
     return twin.train()
@@ -121,7 +131,9 @@ def test_first_gradient_and_thirty_losses(trainer):
     # B starts at zero, and so would A's gradient: compared where both are alive, after a nudge.
     nudged = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(1), x.shape), model.lora)
     loss = next_token_loss(model.causal_lm, remat("block"))
-    value, grads = jax.jit(lambda lora, params: value_and_grad(loss, lora, params, batches[0]))(nudged, model.params)
+    value, grads = jax.jit(lambda lora, params: value_and_grad(loss, lora, params, batches[0]))(
+        nudged, model.params
+    )
     probe = torch_twin(twin.unload(), dataclasses.replace(model, lora=nudged))
     expected = torch_loss(probe, batches[0])
     expected.backward()
@@ -149,7 +161,7 @@ def test_first_gradient_and_thirty_losses(trainer):
         torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
         optimizer.step()
         schedule.step()
-        losses.append(float(step_loss))
+        losses.append(float(step_loss.detach()))
 
     trainer.train()
     ours = [record["loss"] for record in trainer.log_history]

@@ -43,7 +43,9 @@ def our_codes(w: nf4.NF4Array):
     return np.asarray(layout.unpack(w.codes, w.out_in)).reshape(-1)[: out * inn]
 
 
-@pytest.fixture(scope="module", params=[(s, d) for s in SHAPES for d in DTYPES], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(
+    scope="module", params=[(s, d) for s in SHAPES for d in DTYPES], ids=lambda p: f"{p[0]}-{p[1]}"
+)
 def both(request):
     shape, dtype = request.param
     w = random_weight(shape, dtype)
@@ -116,5 +118,7 @@ def test_leading_axes_are_stacked_weights():
 def test_wrong_nibble_order_would_be_noticed():
     """The negative control: the same bytes with nibbles swapped are another weight."""
     w = nf4.quantize(jnp.asarray(random_weight((128, 256), "float32")))
-    swapped = nf4.NF4Array(w.codes >> 4 | w.codes << 4, w.absmax, w.nested_absmax, w.offset, w.out_in, w.dtype)
+    swapped = nf4.NF4Array(
+        w.codes >> 4 | w.codes << 4, w.absmax, w.nested_absmax, w.offset, w.out_in, w.dtype
+    )
     assert not np.array_equal(swapped.dequantize(), w.dequantize())

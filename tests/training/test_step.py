@@ -9,7 +9,7 @@ import torch
 from jaxtune.errors import OptionError, TrainingError
 from jaxtune.training import loop
 from jaxtune.training.losses import next_token_loss
-from jaxtune.training.optimizers import adamw, schedule
+from jaxtune.training.optimizers import adamw, any_promotion, schedule
 from jaxtune.training.remat import LEVELS, level, remat
 from jaxtune.training.step import init_state, make_step, value_and_grad
 from tests.kit import tiny
@@ -26,7 +26,9 @@ def case():
 def expected(case):
     """Loss and gradient of the whole batch in one piece, nothing rematerialised."""
     model, params, lora = case
-    return jax.jit(lambda *args: value_and_grad(next_token_loss(model), *args))(lora, params, cut(tiny.batch(), 1))
+    return jax.jit(lambda *args: value_and_grad(next_token_loss(model), *args))(
+        lora, params, cut(tiny.batch(), 1)
+    )
 
 
 def cut(batch, micro_batches):
@@ -60,7 +62,9 @@ def test_loss_and_gradient_do_not_depend_on_the_cut(case, expected, micro_batche
 
 def test_packed_equals_padded(case, expected):
     model, params, lora = case
-    ours = jax.jit(lambda *args: value_and_grad(next_token_loss(model), *args))(lora, params, padded(tiny.batch()))
+    ours = jax.jit(lambda *args: value_and_grad(next_token_loss(model), *args))(
+        lora, params, padded(tiny.batch())
+    )
     assert_close(ours[0], expected[0], 1e-6)
     assert_trees_close(ours[1], expected[1], 1e-5)
 
@@ -109,10 +113,7 @@ def test_residuals_hold_no_copy_of_a_weight(case, name):
     jaxpr = jax.make_jaxpr(lambda lora: value_and_grad(loss, lora, params, batch))(lora)
     weights = {shape for out_in in packed_shapes(params) for shape in (out_in, out_in[::-1])}
     handed_over = [
-        var.aval
-        for eqn in walk(jaxpr.jaxpr)
-        if eqn.primitive.name == "scan"
-        for var in eqn.outvars
+        var.aval for eqn in walk(jaxpr.jaxpr) if eqn.primitive.name == "scan" for var in eqn.outvars
     ]
     assert handed_over, "the step must scan for this to show anything"
     copies = [a for a in handed_over if a.shape[-2:] in weights and jnp.issubdtype(a.dtype, jnp.floating)]
@@ -131,7 +132,11 @@ def test_a_naive_product_would_be_noticed():
 
     jaxpr = jax.make_jaxpr(lambda x: jax.vjp(naive, x)[1](jnp.ones((), jnp.bfloat16)))(x)
     shapes = [
-        v.aval.shape[-2:] for e in walk(jaxpr.jaxpr) if e.primitive.name == "scan" for v in e.outvars if v.aval.shape
+        v.aval.shape[-2:]
+        for e in walk(jaxpr.jaxpr)
+        if e.primitive.name == "scan"
+        for v in e.outvars
+        if v.aval.shape
     ]
     assert packed.out_in in shapes or packed.out_in[::-1] in shapes
 
@@ -163,7 +168,7 @@ def test_gradients_are_clipped_to_the_norm(case):
     rate = schedule("constant", 1.0, 0, 10)
     moved = {}
     for limit in (None, 1e-3):
-        optimizer = optax.sgd(1.0)
+        optimizer = any_promotion(optax.sgd(1.0))
         step = make_step(next_token_loss(model), optimizer, rate, limit)
         state, metrics = step(init_state(lora, optimizer), params, tiny.batch())
         moved[limit] = float(optax.tree.norm(jax.tree.map(jnp.subtract, state.lora, lora)))

@@ -44,7 +44,9 @@ def attention(
         x = jnp.pad(x, [(0, 0), (0, n * block - T)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, n, block, *x.shape[2:]), 1, 0)
 
-    out = lax.map(lambda qsp: jax.checkpoint(one)(*qsp), (blocks(q), blocks(q_segments_BT), blocks(q_positions_BT)))
+    out = lax.map(
+        lambda qsp: jax.checkpoint(one)(*qsp), (blocks(q), blocks(q_segments_BT), blocks(q_positions_BT))
+    )
     return jnp.moveaxis(out, 0, 1).reshape(B, n * block, H, D)[:, :T]
 
 

@@ -3,6 +3,9 @@
 Shapes: T tokens, D hidden, V vocabulary, C tokens in a chunk.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,20 +21,20 @@ def _label_hot(labels_C, vocab):
     return jax.nn.one_hot(labels_C, vocab, dtype=jnp.float32)  # all zeros where the label is IGNORE
 
 
-def nll_of_chunk(x_CD, w_VD, labels_C):
+def nll_of_chunk(x_CD: jax.Array, w_VD: jax.Array, labels_C: jax.Array) -> jax.Array:
     """Negative log-likelihood of each label [C]; 0 where the label is IGNORE."""
     logits_CV = _logits(x_CD, w_VD)
     label = jnp.take_along_axis(logits_CV, jnp.maximum(labels_C, 0)[:, None], axis=1)[:, 0]
     return jnp.where(labels_C == IGNORE, 0.0, jax.nn.logsumexp(logits_CV, axis=1) - label)
 
 
-def nll_and_dx_of_chunk(x_CD, w_VD, labels_C):
+def nll_and_dx_of_chunk(x_CD: jax.Array, w_VD: jax.Array, labels_C: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The same, with d nll[t] / d x[t] [C, D] from the very logits that the loss needed."""
     dlogits_CV, nll_C = _dlogits(x_CD, w_VD, labels_C)
     return nll_C, jnp.einsum("cv,vd->cd", dlogits_CV, w_VD)
 
 
-def dw_of_chunk(x_CD, w_VD, labels_C, dnll_C):
+def dw_of_chunk(x_CD: jax.Array, w_VD: jax.Array, labels_C: jax.Array, dnll_C: jax.Array) -> jax.Array:
     """The chunk's part of d (dnll . nll) / d w, float32 [V, D]."""
     dlogits_CV, _ = _dlogits(x_CD, w_VD, labels_C)
     weighted = dlogits_CV * dnll_C.astype(dlogits_CV.dtype)[:, None]
@@ -48,19 +51,19 @@ def _dlogits(x_CD, w_VD, labels_C):
     return dlogits, jnp.where(trained_C, lse_C - label, 0.0)
 
 
-def map_chunks(function, chunk: int, *arrays_T):
+def map_chunks(function: Callable, chunk: int, *arrays_T: jax.Array) -> Any:
     """`function` over chunks of the leading axis, results laid end to end again. The labels are the last array."""
     out = lax.map(lambda cut: function(*cut), _cut(chunk, *arrays_T))
     T = arrays_T[0].shape[0]
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:T], out)
 
 
-def sum_chunks(function, chunk: int, zero, *arrays_T):
+def sum_chunks(function: Callable, chunk: int, zero: jax.Array, *arrays_T: jax.Array) -> jax.Array:
     """The sum of `function` over chunks, one chunk's result alive at a time. The labels are the last array."""
     return lax.scan(lambda total, cut: (total + function(*cut), None), zero, _cut(chunk, *arrays_T))[0]
 
 
-def _cut(chunk: int, *arrays_T):
+def _cut(chunk: int, *arrays_T: jax.Array) -> tuple[jax.Array, ...]:
     """[T, ...] -> [n, chunk, ...] each; the last array is the labels, whose padding is IGNORE."""
     T = arrays_T[0].shape[0]
     chunk = min(chunk, T)

@@ -6,7 +6,7 @@ when the gradient needs them. Packed weights are frozen: their cotangent is None
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def quantize(w_NK: jax.Array) -> Packed:
     return Packed(*reference.quantize(w_NK))
 
 
-def dequantize(packed: Packed, *, shape: tuple[int, int], dtype) -> jax.Array:
+def dequantize(packed: Packed, *, shape: tuple[int, int], dtype: Any) -> jax.Array:
     return reference.dequantize(*packed, shape=shape, dtype=jnp.dtype(dtype))
 
 

@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxtune.kernels.nf4.layout import BLOCK, DYNAMIC_MAP, GROUP, VALUES, is_planar, pack, unpack
@@ -72,6 +73,6 @@ def dequantize(
     return weight.reshape(-1)[: math.prod(shape)].reshape(shape)
 
 
-def _count_edges_below(x: jax.Array, edges) -> jax.Array:
+def _count_edges_below(x: jax.Array, edges: np.ndarray) -> jax.Array:
     """How many edges lie strictly below x: the code of the nearest value, ties to the lower one."""
     return sum((x > edge).astype(jnp.uint8) for edge in edges)

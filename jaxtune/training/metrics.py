@@ -1,0 +1,70 @@
+"""What a run shows and leaves behind: a progress bar, a line in the log for every logged step, and metrics.jsonl."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from jaxtune.errors import OutputFolderError
+from jaxtune.log import get_logger
+from jaxtune.training.config import SFTConfig
+from jaxtune.training.loop import Record
+
+log = get_logger(__name__)
+
+FILE = "metrics.jsonl"
+
+
+class RunLog:
+    """A context manager around a run. The first line of metrics.jsonl has the settings, each other one a step."""
+
+    def __init__(self, config: SFTConfig, total_steps: int):
+        self.file = None if config.output_dir is None else _open(Path(config.output_dir))
+        if self.file is not None:
+            settings = dataclasses.asdict(config) | {"output_dir": str(config.output_dir)}
+            self.file.write(json.dumps({"settings": settings}) + "\n")
+        self.bar = tqdm(total=total_steps, unit="step", disable=None)
+
+    def write(self, record: Record) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        log.info(
+            "step %d: loss %.4f, grad_norm %.3f, lr %.2e, %.0f tokens/s",
+            record["step"],
+            record["loss"],
+            record["grad_norm"],
+            record["learning_rate"],
+            record["tokens"] / record["step_time_sec"],
+        )
+        self.bar.set_postfix(loss=f"{record['loss']:.4f}")
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        if self.file is not None:
+            self.file.close()
+
+
+def _open(folder: Path):
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / FILE).is_file():
+        raise OutputFolderError(
+            f"{folder} exists and holds files that are not a run of ours.",
+            expected="a new or empty folder, or one of an earlier run, whose log is then replaced.",
+            fix="Choose another output_dir, or empty this one.",
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / FILE).open("w")
+    except OSError as error:
+        raise OutputFolderError(
+            f"{folder} cannot be written: {error.strerror or error}.",
+            expected="a folder that can be written.",
+            fix="Choose another output_dir, or correct its permissions.",
+        ) from error
