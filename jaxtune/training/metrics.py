@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import TextIO
 
 from tqdm.auto import tqdm
 
@@ -52,7 +53,7 @@ class RunLog:
             self.file.close()
 
 
-def _open(folder: Path):
+def _open(folder: Path) -> TextIO:
     if folder.is_dir() and any(folder.iterdir()) and not (folder / FILE).is_file():
         raise OutputFolderError(
             f"{folder} exists and holds files that are not a run of ours.",
