@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import jaxtune
+from tests.kit import models
 
 WITHOUT_TORCH = """
 import importlib.machinery, sys
@@ -63,3 +64,22 @@ except ModuleNotFoundError:
     print(len(names))
 """
     assert int(python(WITHOUT_TORCH + everything)) > 10
+
+
+def test_the_whole_path_runs_without_torch(tmp_path):
+    """Load, train, generate, save, load again. (Only the checkpoint was made with torch.)"""
+    models.save(models.random_llama(num_hidden_layers=1), tmp_path / "base")
+    path = f"""
+from jaxtune import FastLanguageModel, SFTConfig, SFTTrainer, get_chat_template
+model, tokenizer = FastLanguageModel.from_pretrained({str(tmp_path / "base")!r})
+model = FastLanguageModel.get_peft_model(model, r=4)
+tokenizer = get_chat_template(tokenizer, "chatml")
+rows = [{{"messages": [{{"role": "user", "content": "a"}}, {{"role": "assistant", "content": "b"}}]}}]
+result = SFTTrainer(model, SFTConfig(max_steps=1), rows, tokenizer=tokenizer).train()
+model.save_pretrained({str(tmp_path / "adapter")!r}, tokenizer)
+again, _ = FastLanguageModel.from_pretrained({str(tmp_path / "adapter")!r})
+assert (again.generate([[5, 6]], max_new_tokens=4) == model.generate([[5, 6]], max_new_tokens=4)).all()
+assert "torch" not in sys.modules
+print(result.global_step)
+"""
+    assert python(WITHOUT_TORCH + path) == "1"

@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors.numpy import save_file
 
-from jaxtune.export.folder import staged
+from jaxtune.folders import staged
 from jaxtune.lora import peft_format
 from jaxtune.lora.config import LoraConfig
 from jaxtune.lora.tree import Tree

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jaxtune.errors import OptionError, nearest
 from jaxtune.options import ANY, mirrors
-from jaxtune.training.optimizers import OPTIMIZERS, SCHEDULES
+from jaxtune.training.optimizers import SCHEDULES
 from jaxtune.training.remat import level
 
 WITHOUT_EFFECT = {
@@ -18,6 +18,7 @@ WITHOUT_EFFECT = {
     "remove_unused_columns": ANY,
     "padding_free": ANY,
     "report_to": ("none", [], None),
+    "optim": ("adamw_torch", "adamw_torch_fused", "adamw"),
     "packing": False,
     "eval_strategy": "no",
     "save_strategy": "no",
@@ -53,8 +54,6 @@ class SFTConfig:
     """Steps over which the rate rises from 0; goes before warmup_ratio."""
     warmup_ratio: float = 0.1
     """The same as a part of all steps, rounded up."""
-    optim: str = "adamw_torch"
-    """adamw (also called adamw_torch)."""
     weight_decay: float = 0.001
     """AdamW's decoupled weight decay."""
     adam_beta1: float = 0.9
@@ -100,10 +99,9 @@ class SFTConfig:
             raise _bad("max_steps", self.max_steps, "a number of steps, or -1 to count epochs")
         if self.max_steps == -1 and not self.num_train_epochs > 0:
             raise _bad("num_train_epochs", self.num_train_epochs, "more than 0")
-        for name, known in {"lr_scheduler_type": SCHEDULES, "optim": OPTIMIZERS}.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise _bad(name, value, f"one of {', '.join(known)}", nearest(str(value), known))
+        if self.lr_scheduler_type not in SCHEDULES:
+            near = nearest(str(self.lr_scheduler_type), SCHEDULES)
+            raise _bad("lr_scheduler_type", self.lr_scheduler_type, f"one of {', '.join(SCHEDULES)}", near)
         if self.gradient_checkpointing is not None:
             level(self.gradient_checkpointing)
 

@@ -7,7 +7,7 @@ from typing import TextIO
 
 from tqdm.auto import tqdm
 
-from jaxtune.errors import OutputFolderError
+from jaxtune.folders import cannot_write, refuse_strangers
 from jaxtune.log import get_logger
 from jaxtune.training.config import SFTConfig
 from jaxtune.training.loop import Record
@@ -54,18 +54,9 @@ class RunLog:
 
 
 def _open(folder: Path) -> TextIO:
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / FILE).is_file():
-        raise OutputFolderError(
-            f"{folder} exists and holds files that are not a run of ours.",
-            expected="a new or empty folder, or one of an earlier run, whose log is then replaced.",
-            fix="Choose another output_dir, or empty this one.",
-        )
+    refuse_strangers(folder, marker=FILE)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return (folder / FILE).open("w")
     except OSError as error:
-        raise OutputFolderError(
-            f"{folder} cannot be written: {error.strerror or error}.",
-            expected="a folder that can be written.",
-            fix="Choose another output_dir, or correct its permissions.",
-        ) from error
+        raise cannot_write(folder, error) from error

@@ -11,7 +11,6 @@ import optax
 Schedule = Callable[[jax.Array], jax.Array]
 
 SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
-OPTIMIZERS = ("adamw", "adamw_torch")
 
 
 def schedule(kind: str, learning_rate: float, warmup_steps: int, total_steps: int) -> Schedule:

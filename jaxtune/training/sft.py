@@ -1,7 +1,6 @@
 """SFTTrainer: supervised fine-tuning of a model's adapter, under TRL's names."""
 
 import itertools
-import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -104,31 +103,39 @@ class SFTTrainer:
 
         show()
         self.log_history = []
-        losses: list[float] = []
+        records: list[Record] = []
+        unlogged: list[float] = []
         started = time.perf_counter()
         with RunLog(args, total) as output:
 
             def on_record(record: Record) -> None:
-                losses.append(record["loss"])
-                if len(losses) % args.logging_steps == 0 or len(losses) == total:
-                    recent = losses[-args.logging_steps :]
-                    record = {**record, "loss": sum(recent) / len(recent)}
+                records.append(record)
+                unlogged.append(record["loss"])
+                if len(records) % args.logging_steps == 0 or len(records) == total:
+                    record = {**record, "loss": sum(unlogged) / len(unlogged)}
+                    unlogged.clear()
                     self.log_history.append(record)
                     output.write(record)
                 output.advance()
 
             batches = (
-                (batch, {"epoch": info.epoch, "packing_efficiency": info.efficiency})
+                (
+                    batch,
+                    {
+                        "epoch": info.epoch,
+                        "samples": info.num_samples,
+                        "packing_efficiency": info.efficiency,
+                    },
+                )
                 for batch, info in itertools.islice(stream, total)
             )
             state = run(step, state, self.model.params, batches, on_record)
         self.model.lora = state.lora
         runtime = time.perf_counter() - started
-        mean = sum(losses) / len(losses) if losses else math.nan
-        samples = total * args.per_device_train_batch_size * args.gradient_accumulation_steps
+        mean = sum(record["loss"] for record in records) / total
         metrics = {
             "train_runtime": runtime,
-            "train_samples_per_second": samples / runtime,
+            "train_samples_per_second": sum(record["samples"] for record in records) / runtime,
             "train_steps_per_second": total / runtime,
             "train_loss": mean,
             "epoch": total / stream.steps_per_epoch,

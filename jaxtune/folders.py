@@ -18,12 +18,12 @@ def staged(target: str | Path, marker: str) -> Iterator[Path]:
 
     `marker` is the file by which a folder is known as ours: an existing, non-empty folder without it is refused."""
     target = Path(target)
-    _refuse_strangers(target, marker)
+    refuse_strangers(target, marker)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     except OSError as error:
-        raise _cannot_write(target, error) from error
+        raise cannot_write(target, error) from error
     try:
         yield stage
         if not target.exists():
@@ -34,12 +34,13 @@ def staged(target: str | Path, marker: str) -> Iterator[Path]:
             for file in sorted(stage.iterdir(), key=lambda file: file.name == marker):
                 os.replace(file, target / file.name)
     except OSError as error:
-        raise _cannot_write(target, error) from error
+        raise cannot_write(target, error) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _refuse_strangers(target: Path, marker: str) -> None:
+def refuse_strangers(target: Path, marker: str) -> None:
+    """Raises unless `target` is free, empty, or has the file by which a folder is known as ours."""
     if target.exists() and not target.is_dir():
         raise OutputFolderError(
             f"{target} is a file.", expected="a folder to write to.", fix="Choose another name."
@@ -53,7 +54,7 @@ def _refuse_strangers(target: Path, marker: str) -> None:
         )
 
 
-def _cannot_write(target: Path, error: OSError) -> OutputFolderError:
+def cannot_write(target: Path, error: OSError) -> OutputFolderError:
     full = error.errno == errno.ENOSPC
     return OutputFolderError(
         f"Writing {target} failed: {error.strerror or error}.",

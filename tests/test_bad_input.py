@@ -1,0 +1,381 @@
+"""What people do wrong, through the names that they use: one typed error each, which says what was found, what was
+expected and what to do, and nothing half-written left behind."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import jaxtune.errors as errors
+from jaxtune import FastLanguageModel, SFTConfig, SFTTrainer, get_chat_template
+from tests.kit import models
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A checkpoint of several shards."""
+    folder = models.save(
+        models.random_llama(), tmp_path_factory.mktemp("good") / "model", max_shard_size="200KB"
+    )
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+@pytest.fixture
+def broken(good, tmp_path):
+    """A copy to break."""
+    return shutil.copytree(good, tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def model(good):
+    return FastLanguageModel.from_pretrained(good, dtype="float32")[0]
+
+
+@pytest.fixture(scope="module")
+def adapted(model):
+    return FastLanguageModel.get_peft_model(model, r=4)
+
+
+def fails(kind, *words):
+    """Raises `kind`, and the message has all three parts and these words."""
+
+    class Check:
+        def __enter__(self):
+            self.raises = pytest.raises(kind)
+            self.info = self.raises.__enter__()
+
+        def __exit__(self, *exc):
+            swallowed = self.raises.__exit__(*exc)
+            message = str(self.info.value)
+            for word in ("expected:", "what to do:", *words):
+                assert word in message, f"{word!r} is not in {message!r}"
+            return swallowed
+
+    return Check()
+
+
+def load(folder, **options):
+    return FastLanguageModel.from_pretrained(folder, dtype="float32", **options)
+
+
+def shard_of(folder, tensor):
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return folder / index["weight_map"][tensor]
+
+
+def rewrite(folder, tensor, change):
+    path = shard_of(folder, tensor)
+    tensors = {name: np.array(a) for name, a in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+NORM = "model.norm.weight"
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+# ---- loading ----
+
+
+def test_a_missing_folder(tmp_path):
+    with fails(errors.ModelNotFoundError, "nowhere"):
+        load(tmp_path / "nowhere")
+
+
+def test_a_hub_id_when_offline():
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    with fails(errors.ModelNotFoundError, "somebody/some-model", "HF_HUB_OFFLINE"):
+        load("somebody/some-model")
+
+
+def test_an_unknown_model_type(broken):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "model_type": "llamma"}))
+    with fails(errors.UnsupportedModelError, "'llamma'", "Did you mean 'llama'?"):
+        load(broken)
+
+
+def test_a_missing_shard(broken):
+    shard_of(broken, UP).unlink()
+    with fails(errors.CheckpointError, "missing"):
+        load(broken)
+
+
+def test_a_truncated_shard(broken):
+    path = shard_of(broken, UP)
+    path.write_bytes(path.read_bytes()[:-100])
+    with fails(errors.CheckpointError, "truncated", path.name):
+        load(broken)
+
+
+def test_an_index_naming_a_tensor_that_is_not_there(broken):
+    rewrite(broken, NORM, lambda tensors: tensors.pop(NORM))
+    with fails(errors.CheckpointError, NORM):
+        load(broken)
+
+
+def test_a_weight_that_the_architecture_needs_and_nobody_has(broken):
+    rewrite(broken, UP, lambda tensors: tensors.pop(UP))
+    path = broken / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"][UP]
+    path.write_text(json.dumps(index))
+    with fails(errors.CheckpointError, "lacks 1 of", UP):
+        load(broken)
+
+
+def test_a_shape_that_contradicts_the_config(broken):
+    rewrite(broken, UP, lambda tensors: tensors.update({UP: tensors[UP][:-1]}))
+    with fails(errors.CheckpointError, UP, "(255, 128)", "(256, 128)"):
+        load(broken)
+
+
+@pytest.mark.parametrize("name", [NORM, UP], ids=["16-bit", "packed"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_weight_that_is_not_finite(broken, name, value):
+    def spoil(tensors):
+        tensors[name].reshape(-1)[5] = value
+
+    rewrite(broken, name, spoil)
+    with fails(errors.CheckpointError, name, "NaN or infinite"):
+        load(broken)
+
+
+def test_a_pickle_checkpoint(broken):
+    for path in broken.glob("model*.safetensors*"):
+        path.unlink()
+    (broken / "pytorch_model.bin").write_bytes(b"\x80\x02.")
+    with fails(errors.CheckpointError, "pickle", "run code"):
+        load(broken)
+
+
+def test_a_checkpoint_that_is_quantised_already(broken):
+    config = json.loads((broken / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (broken / "config.json").write_text(json.dumps(config))
+    with fails(errors.UnsupportedModelError, "bitsandbytes"):
+        load(broken)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"num_key_value_heads": 3}, "3 key/value heads"),
+        ({"hidden_act": "gelu"}, "'gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "'yarn'"),
+    ],
+    ids=["heads", "activation", "rope"],
+)
+def test_a_config_that_we_cannot_follow(broken, change, word):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, **change}))
+    with fails(errors.ConfigError, word):
+        load(broken)
+
+
+def test_two_precisions(good):
+    with fails(errors.OptionError, "load_in_16bit"):
+        load(good, load_in_4bit=True, load_in_16bit=True)
+
+
+def test_a_dtype_that_is_none(good):
+    with fails(errors.OptionError, "int8"):
+        FastLanguageModel.from_pretrained(good, dtype="int8")
+
+
+def test_a_mistyped_option(good):
+    with fails(errors.OptionError, "max_seq_lenght", "Did you mean 'max_seq_length'"):
+        load(good, max_seq_lenght=128)
+
+
+def test_an_option_that_is_not_here_yet(good):
+    with fails(errors.OptionError, "load_in_8bit=True"):
+        load(good, load_in_8bit=True)
+
+
+# ---- adapters ----
+
+
+@pytest.mark.parametrize("r", [0, -4, 2.5, True])
+def test_a_rank_that_is_none(model, r):
+    with fails(errors.AdapterError, f"r={r!r}"):
+        FastLanguageModel.get_peft_model(model, r=r)
+
+
+def test_targets_that_match_nothing(model):
+    with fails(errors.AdapterError, "query_proj", "q_proj"):
+        FastLanguageModel.get_peft_model(model, target_modules=["query_proj"])
+
+
+def test_a_regex_that_is_none(model):
+    with fails(errors.AdapterError, "regular expression"):
+        FastLanguageModel.get_peft_model(model, target_modules="(q_proj")
+
+
+def test_saving_without_an_adapter(model, tmp_path):
+    with fails(errors.AdapterError, "no adapter"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def adapter_folder(adapted, tmp_path):
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def edit_adapter_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_adapter_weights(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = {name: np.array(a) for name, a in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path)
+
+
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda f: edit_adapter_config(f, r=8), ["(4, 256)", "(8, 256)"]),
+        (lambda f: edit_adapter_config(f, use_dora=True), ["use_dora=True"]),
+        (lambda f: edit_adapter_config(f, peft_type="IA3"), ["'IA3'"]),
+        (lambda f: edit_adapter_config(f, target_modules=["q_proj"]), ["belong to no targeted module"]),
+        (lambda f: edit_adapter_weights(f, lambda t: t.pop(A)), [A, "no tensor"]),
+        (lambda f: edit_adapter_weights(f, lambda t: t.update({"x." + A: t.pop(A)})), [A]),
+        (lambda f: edit_adapter_weights(f, lambda t: t[A].fill(np.nan)), ["NaN"]),
+        (lambda f: (f / "adapter_config.json").write_text("{"), ["not JSON"]),
+    ],
+    ids=[
+        "rank",
+        "dora",
+        "another method",
+        "fewer targets",
+        "a factor missing",
+        "wrong prefix",
+        "nan",
+        "bad json",
+    ],
+)
+def test_an_adapter_that_does_not_fit(adapter_folder, change, words):
+    change(adapter_folder)
+    with fails(errors.AdapterError, *words):
+        load(adapter_folder)
+
+
+def test_an_adapter_without_weights(adapter_folder):
+    (adapter_folder / "adapter_model.safetensors").rename(adapter_folder / "adapter_model.bin")
+    with fails(errors.CheckpointError, "adapter_model.bin"):
+        load(adapter_folder)
+
+
+# ---- writing ----
+
+
+def test_an_output_folder_that_is_not_ours(adapted, tmp_path):
+    (tmp_path / "thesis.tex").write_text("my only copy")
+    with fails(errors.OutputFolderError, "thesis.tex"):
+        adapted.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_output_folder_that_is_a_file(adapted, tmp_path):
+    (tmp_path / "out").write_text("")
+    with fails(errors.OutputFolderError, "is a file"):
+        adapted.save_pretrained(tmp_path / "out")
+
+
+def test_an_adapter_of_ours_is_replaced_whole(adapted, adapter_folder):
+    before = (adapter_folder / "adapter_model.safetensors").read_bytes()
+    edit_adapter_weights(adapter_folder, lambda t: t[A].fill(0))
+    adapted.save_pretrained(adapter_folder)
+    assert (adapter_folder / "adapter_model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in adapter_folder.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors"
+    ]  # fmt: skip
+
+
+class TokenizerOnAFullDisk:
+    def save_pretrained(self, folder):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_leaves_nothing_behind(adapted, tmp_path):
+    with fails(errors.OutputFolderError, "No space left", "Free some space"):
+        adapted.save_pretrained(tmp_path / "out", TokenizerOnAFullDisk())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_old_adapter(adapted, adapter_folder):
+    before = {path.name: path.read_bytes() for path in adapter_folder.iterdir()}
+    with fails(errors.OutputFolderError):
+        adapted.save_pretrained(adapter_folder, TokenizerOnAFullDisk())
+    assert {path.name: path.read_bytes() for path in adapter_folder.iterdir()} == before
+    assert [path.name for path in adapter_folder.parent.iterdir()] == ["adapter"]
+
+
+def test_a_run_does_not_write_among_strangers(adapted, tmp_path):
+    (tmp_path / "thesis.tex").write_text("my only copy")
+    trainer = SFTTrainer(adapted, SFTConfig(max_steps=1, output_dir=tmp_path), [{"text": "the fox"}])
+    with fails(errors.OutputFolderError, "thesis.tex"):
+        trainer.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+# ---- training ----
+
+
+def test_training_without_an_adapter(model):
+    with fails(errors.AdapterError, "get_peft_model"):
+        SFTTrainer(model, SFTConfig(), [{"text": "the fox"}])
+
+
+def test_no_dataset(adapted):
+    with fails(errors.OptionError, "train_dataset"):
+        SFTTrainer(adapted, SFTConfig())
+
+
+def test_a_dataset_without_the_needed_column(adapted):
+    with fails(errors.DatasetError, "texts", "Did you mean"):
+        SFTTrainer(adapted, SFTConfig(), [{"texts": "the fox"}])
+
+
+def test_a_template_that_leaves_no_token_to_train_on(adapted):
+    tokenizer = get_chat_template(models.fresh_tokenizer(), "chatml")
+    rows = [{"messages": [{"role": "user", "content": "hello"}]}]
+    with fails(errors.DatasetError, "train on"):
+        SFTTrainer(adapted, SFTConfig(assistant_only_loss=True), rows, tokenizer=tokenizer)
+
+
+def test_token_ids_of_another_model(adapted):
+    with fails(errors.DatasetError, "99999"):
+        SFTTrainer(adapted, SFTConfig(), [{"input_ids": [1, 99999, 3]}])
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size"),
+        ({"max_steps": 0}, "max_steps"),
+        ({"num_train_epochs": 0}, "num_train_epochs"),
+        ({"lr_scheduler_type": "cosin"}, "'cosine'"),
+        ({"optim": "adamw_8bit"}, "'adamw_torch'"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"warmup_ratio": 2.0}, "warmup_ratio"),
+        ({"gradient_checkpointing": "blok"}, "'block'"),
+        ({"learning_rat": 1e-4}, "'learning_rate'"),
+        ({"packing": True}, "packing=True"),
+    ],
+)
+def test_settings_that_cannot_be(settings, word):
+    with fails(errors.OptionError, word):
+        SFTConfig(**settings)

@@ -1,0 +1,175 @@
+"""SFTTrainer and its settings: each field of SFTConfig changes the result that it says it changes."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxtune import LanguageModel, SFTConfig, SFTTrainer, get_chat_template, train_on_responses_only
+from tests.kit import models, tiny
+from tests.kit.compare import assert_trees_equal
+
+ROWS = [{"input_ids": np.random.default_rng(i).integers(0, 128, 6 + 3 * i).tolist()} for i in range(8)]
+BASE = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3, learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    causal_lm = tiny.model(windows=(None,), vocab_size=models.VOCAB)
+    return LanguageModel(causal_lm, tiny.params(causal_lm), tiny.lora(causal_lm), models.tokenizer())
+
+
+def train(model, rows=ROWS, **settings):
+    """A run on a copy of the model, and its log."""
+    trainer = SFTTrainer(dataclasses.replace(model), SFTConfig(**{**BASE, **settings}), rows)
+    trainer.train()
+    return trainer, trainer.log_history
+
+
+@pytest.fixture(scope="module")
+def baseline(model):
+    return train(model)
+
+
+def column(log, name):
+    return [record[name] for record in log]
+
+
+def test_the_same_settings_give_the_same_run_to_the_bit(model, baseline):
+    again, log = train(model)
+    assert column(log, "loss") == column(baseline[1], "loss")
+    assert_trees_equal(again.model.lora, baseline[0].model.lora)
+
+
+def test_training_changes_the_adapter_and_nothing_else(model, baseline):
+    trained = baseline[0].model
+    assert trained.params is model.params
+    moved = [
+        not np.array_equal(a, b)
+        for a, b in zip(*map(jax.tree.leaves, (trained.lora, model.lora)), strict=True)
+    ]
+    assert all(moved)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"learning_rate": 2e-2},
+        {"lr_scheduler_type": "constant"},
+        {"warmup_steps": 2},
+        {"warmup_ratio": 0.0},
+        {"weight_decay": 0.9},
+        {"adam_beta1": 0.5},
+        {"adam_beta2": 0.5},
+        {"adam_epsilon": 1e-2},
+        {"max_grad_norm": 1e-3, "adam_epsilon": 1e-2},  # Adam alone does not see the scale of a gradient
+        {"seed": 1},
+        {"per_device_train_batch_size": 1},
+        {"gradient_accumulation_steps": 1},
+        {"max_length": 8},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_a_setting_changes_the_losses(model, baseline, settings):
+    reference = baseline
+    if len(settings) > 1:
+        reference = train(model, adam_epsilon=1e-2)
+    _, log = train(model, **settings)
+    assert not np.allclose(column(log, "loss"), column(reference[1], "loss"), rtol=1e-6)
+
+
+def test_epochs_and_steps(model, baseline):
+    _, log = train(model, max_steps=-1, num_train_epochs=1)
+    assert column(log, "step") == [1, 2]
+    assert column(log, "epoch") == [0.5, 1.0]
+    assert column(baseline[1], "step") == [1, 2, 3]
+
+
+def test_logging_steps_average_the_loss(model, baseline):
+    _, log = train(model, logging_steps=2)
+    losses = column(baseline[1], "loss")
+    assert column(log, "step") == [2, 3]
+    np.testing.assert_allclose(column(log, "loss"), [np.mean(losses[:2]), losses[2]], rtol=1e-6)
+
+
+def test_what_train_returns(model):
+    trainer = SFTTrainer(dataclasses.replace(model), SFTConfig(**BASE), ROWS)
+    result = trainer.train()
+    assert result.global_step == 3
+    np.testing.assert_allclose(result.training_loss, np.mean(column(trainer.log_history, "loss")))
+    assert {
+        "train_runtime",
+        "train_samples_per_second",
+        "train_steps_per_second",
+        "train_loss",
+        "epoch",
+    } == set(result.metrics)
+
+
+def test_output_dir_has_the_settings_and_a_line_a_step(model, tmp_path):
+    _, log = train(model, output_dir=tmp_path / "run")
+    first, *lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert first["settings"]["learning_rate"] == 1e-2
+    assert lines == log
+
+
+def test_gradient_checkpointing_keeps_the_result(model, baseline):
+    for value in (False, "attention"):
+        _, log = train(model, gradient_checkpointing=value)
+        np.testing.assert_allclose(column(log, "loss"), column(baseline[1], "loss"), rtol=1e-5)
+
+
+def trained_text(trainer):
+    """What is trained on, decoded, a string for each sample."""
+    samples = trainer.samples
+    return [trainer.processing_class.decode(s.input_ids[s.labels != -100]) for s in samples]
+
+
+CHAT = [
+    {
+        "messages": [
+            {"role": "user", "content": "the fox"},
+            {"role": "assistant", "content": "jumps"},
+            {"role": "user", "content": "the dog"},
+            {"role": "assistant", "content": "is lazy"},
+        ]
+    }
+]
+
+
+def test_which_tokens_are_trained_on(model):
+    tokenizer = get_chat_template(models.fresh_tokenizer(), "chatml")
+
+    def text(rows, **settings):
+        return trained_text(SFTTrainer(model, SFTConfig(**settings), rows, tokenizer=tokenizer))
+
+    whole = text(CHAT)
+    assert "the fox" in whole[0]
+    assert text(CHAT, assistant_only_loss=True) == ["jumps<|im_end|>is lazy<|im_end|>"]
+    masked = train_on_responses_only(SFTTrainer(model, SFTConfig(), CHAT, tokenizer=tokenizer))
+    assert trained_text(masked)[0].replace("\n", "") == "jumps<|im_end|>is lazy<|im_end|>"
+
+    pair = [{"prompt": "the fox", "completion": " jumps"}]
+    assert text(pair) == [" jumps<|im_end|>"]
+    assert text(pair, completion_only_loss=False)[0].endswith("the fox jumps<|im_end|>")
+    assert text([{"body": "the fox"}], dataset_text_field="body")[0].endswith("the fox<|im_end|>")
+
+
+def test_names_without_effect_are_accepted_with_one_line(caplog):
+    with caplog.at_level("INFO", "jaxtune"):
+        SFTConfig(bf16=True, report_to="none", dataset_num_proc=2, packing=False, optim="adamw_torch")
+    assert [record.getMessage() for record in caplog.records] == [
+        "SFTConfig: bf16 has no effect in jaxtune.",
+        "SFTConfig: dataset_num_proc has no effect in jaxtune.",
+    ]
+
+
+def test_every_field_is_documented_where_it_is_declared():
+    import inspect
+
+    source = inspect.getsource(SFTConfig)
+    for field in dataclasses.fields(SFTConfig):
+        after = source.split(f"\n    {field.name}: ", 1)[1]
+        assert after.split("\n", 2)[1].strip().startswith('"""'), field.name
