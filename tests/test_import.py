@@ -15,6 +15,7 @@ import importlib.machinery, sys
 class Absent:
     '''Finds what the ordinary finder finds, except torch: for this process it is not installed.'''
     find = importlib.machinery.PathFinder.find_spec
+    find_distributions = importlib.machinery.PathFinder.find_distributions
     @classmethod
     def find_spec(cls, name, path=None, target=None):
         return None if name.split('.')[0] == 'torch' else cls.find(name, path, target)

@@ -26,11 +26,12 @@ def model(**overrides) -> CausalLM:
 def params(causal_lm: CausalLM, dtype="float32"):
     """Random weights, the layers' linears packed."""
     rng = np.random.default_rng(0)
+    quantize = jax.jit(nf4.quantize)
 
     def leaf(path, spec):
         w = rng.standard_normal(spec.shape) * 0.05 + ("norm" in jax.tree_util.keystr(path))
         w = jnp.asarray(w, dtype)
-        return nf4.quantize(w) if names.keys(path)[0] == "layers" and w.ndim == 3 else w
+        return quantize(w) if names.keys(path)[0] == "layers" and w.ndim == 3 else w
 
     return jax.tree_util.tree_map_with_path(leaf, causal_lm.skeleton)
 
