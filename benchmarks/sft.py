@@ -107,7 +107,7 @@ def measure(model: LanguageModel, batch: int, length: int, accumulation: int, le
         max_steps=steps, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
         max_length=length, gradient_checkpointing=level,
     )  # fmt: skip
-    trainer = SFTTrainer(model, config, samples)
+    trainer = SFTTrainer(model, config, train_dataset=samples)
     trainer.train()
     times = [entry["step_time_sec"] for entry in trainer.log_history]
     # Step n's time is read when step n + 1 has been dispatched: the first holds the compilation, the last no overlap.

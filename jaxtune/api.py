@@ -3,6 +3,7 @@ they return, with `generate`, `save_pretrained`, and underneath `params`, `lora`
 
 import dataclasses
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.compilation import enable_cache
-from jaxtune.errors import AdapterError, OptionError, UnsupportedModelError
+from jaxtune.errors import AdapterError, ModelNotFoundError, OptionError, UnsupportedModelError
 from jaxtune.export.adapter import save_adapter
 from jaxtune.inference.generate import generate
 from jaxtune.loading import adapter as adapters
@@ -21,13 +22,14 @@ from jaxtune.loading.config import read_config
 from jaxtune.loading.hub import resolve
 from jaxtune.loading.load import load_params
 from jaxtune.loading.tokenizer import load_tokenizer
-from jaxtune.log import get_logger
+from jaxtune.log import get_logger, show
 from jaxtune.lora import tree as lora_tree
 from jaxtune.lora.config import PROJECTIONS, LoraConfig
 from jaxtune.models import names
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.models.families import FAMILIES
 from jaxtune.options import ANY, mirrors
+from jaxtune.training.remat import level
 
 log = get_logger(__name__)
 
@@ -45,6 +47,19 @@ _LOAD_WITHOUT_EFFECT = {
     "rope_scaling": None,
     "resize_model_vocab": None,
 }
+_GENERATE_WITHOUT_EFFECT = {
+    "use_cache": (True, None),
+    "streamer": None,
+    "stopping_criteria": None,
+    "tokenizer": ANY,
+    "token_type_ids": ANY,
+    "top_p": (1.0, None),
+    "top_k": (0, None),
+    "min_p": (0.0, None),
+    "repetition_penalty": (1.0, None),
+    "num_beams": (1, None),
+    "num_return_sequences": (1, None),
+}
 _LORA_WITHOUT_EFFECT = {
     "bias": "none",
     "lora_dropout": (0, 0.0),
@@ -59,7 +74,7 @@ _LORA_WITHOUT_EFFECT = {
 }
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class LanguageModel:
     """A loaded model. `params` and `lora` are plain nested dicts of arrays; `causal_lm` holds the pure functions."""
 
@@ -79,36 +94,43 @@ class LanguageModel:
         """Logits [B, T, V] in float32, as a pure function; `lora=None` is the base model. See `CausalLM.apply`."""
         return self.causal_lm.apply(params, lora, tokens, **where)
 
+    @mirrors(_GENERATE_WITHOUT_EFFECT)
     def generate(
         self,
         input_ids: Any,
         attention_mask: Any = None,
-        *,
         max_new_tokens: int = 128,
         do_sample: bool = False,
         temperature: float = 1.0,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> np.ndarray:
-        """Prompts [B, P] (an array, a torch tensor, nested lists, or a tokenizer's output) -> ids [B, P + new], as
-        transformers' `generate`: the prompt as it was given, then the new tokens, padded on the right."""
+        """Prompts [B, P] (an array, a torch tensor, nested lists, or a tokenizer's output; or one prompt [P]) -> ids
+        [B, P + new], as transformers' `generate`: the prompt as it was given, then the new tokens, padded on the right.
+
+        Without a `seed`, each call samples anew. Generation ends at `eos_token_id`, or else at the tokens that the
+        model's files and its tokenizer, as it is now, call an end."""
         if isinstance(input_ids, Mapping):
             input_ids, attention_mask = input_ids["input_ids"], input_ids.get("attention_mask")
-        rows = [np.asarray(row, np.int32).reshape(-1) for row in input_ids]
-        masks = [np.ones(len(row), bool) for row in rows]
-        if attention_mask is not None:
-            masks = [np.asarray(mask).astype(bool).reshape(-1) for mask in attention_mask]
-        stops = self.stop_ids if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
+        rows = _rows(input_ids)
+        masks = _rows(attention_mask) if attention_mask is not None else [np.ones_like(row) for row in rows]
+        if [len(mask) for mask in masks] != [len(row) for row in rows]:
+            raise OptionError(
+                "attention_mask and input_ids have different shapes.",
+                expected="a 0 or 1 for every id.",
+                fix="Pass both as the tokenizer returned them.",
+            )
+        stops = self._stops() if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
         new = generate(
             self.causal_lm,
             self.params,
             self.lora,
-            [row[mask].tolist() for row, mask in zip(rows, masks, strict=True)],
+            [row[mask > 0].tolist() for row, mask in zip(rows, masks, strict=True)],
             max_new_tokens=max_new_tokens,
             stop_ids=tuple(stops),
             temperature=temperature if do_sample else None,
-            key=jax.random.key(seed),
+            key=jax.random.key(secrets.randbits(32) if seed is None else seed),
         )
         whole = [
             np.concatenate([row, np.asarray(more, np.int32)]) for row, more in zip(rows, new, strict=True)
@@ -117,6 +139,7 @@ class LanguageModel:
         longest = max(map(len, whole))
         return np.stack([np.pad(row, (0, longest - len(row)), constant_values=pad) for row in whole])
 
+    @mirrors({"safe_serialization": True, "push_to_hub": False})
     def save_pretrained(self, save_directory: str | Path, tokenizer: Any = None) -> None:
         """Writes the adapter as a PEFT folder (and the tokenizer, if given)."""
         if self.lora is None or self.causal_lm.lora_config is None:
@@ -146,6 +169,18 @@ class LanguageModel:
         print(
             f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"
         )
+
+    def __repr__(self) -> str:
+        c, lora = self.causal_lm.config, self.causal_lm.lora_config
+        adapter = "no adapter" if self.lora is None else f"adapter of rank {lora.r if lora else '?'}"
+        return (
+            f"LanguageModel({self.name_or_path!r}, {c.num_layers} layers of width {c.hidden_size}, {adapter})"
+        )
+
+    def _stops(self) -> tuple[int, ...]:
+        """A chat template may have given the tokenizer another end of turn since the model was loaded."""
+        eos = getattr(self.tokenizer, "eos_token_id", None)
+        return tuple(dict.fromkeys((*self.stop_ids, *(() if eos is None else (eos,)))))
 
     def _pad_id(self, stops: Sequence[int]) -> int:
         pad = getattr(self.tokenizer, "pad_token_id", None)
@@ -177,14 +212,20 @@ class FastLanguageModel:
                 expected="one precision.",
                 fix="Leave one of them out.",
             )
+        show()
         enable_cache()
+        level(use_gradient_checkpointing)
+        if max_seq_length < 2:
+            raise OptionError(
+                f"max_seq_length={max_seq_length}.", expected="at least 2.", fix="Choose, for example, 2048."
+            )
         in_4bit = not load_in_16bit if load_in_4bit is None else load_in_4bit
         folder = resolve(model_name, revision=revision, token=token)
         adapter, tokenizer_folder = None, folder
         if adapters.is_adapter(folder):
             adapter = adapters.read_config(folder)
             model_name, revision = adapter.base, adapter.revision
-            folder = resolve(model_name, revision=revision, token=token)
+            folder = _resolve_base(adapter, token)
             if not (tokenizer_folder / "tokenizer.json").is_file():
                 tokenizer_folder = folder
         hf = read_config(folder, supported=FAMILIES)
@@ -223,14 +264,30 @@ class FastLanguageModel:
         use_rslora: bool = False,
     ) -> LanguageModel:
         """The same base with a fresh adapter, which changes nothing until it is trained."""
+        if not isinstance(model, LanguageModel):
+            raise OptionError(
+                f"get_peft_model was given a {type(model).__name__}.",
+                expected="a LanguageModel.",
+                fix="from_pretrained returns two things: model, tokenizer = FastLanguageModel.from_pretrained(...).",
+            )
         config = LoraConfig(
             r=r,
             lora_alpha=lora_alpha,
             target_modules=target_modules if isinstance(target_modules, str) else tuple(target_modules),
             use_rslora=use_rslora,
         )
+        if model.lora is not None:
+            if config != model.causal_lm.lora_config:
+                raise AdapterError(
+                    f"The model has an adapter already, with {model.causal_lm.lora_config}.",
+                    expected="a model without one, or the same settings, which keep it.",
+                    fix="To go on training it, leave get_peft_model out; for a fresh one, load the base model.",
+                )
+            log.info("The model's own adapter is kept.")
+            return model
         causal_lm = dataclasses.replace(model.causal_lm, lora_config=config)
         lora = lora_tree.init(causal_lm.skeleton, config, model.module_names, jax.random.key(random_state))
+        level(True if use_gradient_checkpointing is None else use_gradient_checkpointing)
         checkpointing = (
             model.gradient_checkpointing if use_gradient_checkpointing is None else use_gradient_checkpointing
         )
@@ -249,11 +306,42 @@ class FastLanguageModel:
         return model
 
 
+def _rows(ids: Any) -> list[np.ndarray]:
+    """Prompts, or their masks, as one array each: from anything with two dimensions, or one prompt with one."""
+    try:
+        rows = [np.asarray(row) for row in ids]
+        if rows and all(row.ndim == 0 for row in rows):
+            rows = [np.stack(rows)]
+        return [
+            row.astype(np.int32, casting="same_kind") if row.size else row.astype(np.int32) for row in rows
+        ]
+    except (TypeError, ValueError) as error:
+        raise OptionError(
+            f"generate was given {type(ids).__name__}: {error}.",
+            expected="token ids.",
+            fix="Tokenise first: model.generate(**tokenizer(text, return_tensors='np')).",
+        ) from error
+
+
+def _resolve_base(adapter: adapters.AdapterFolder, token: str | None) -> Path:
+    try:
+        return resolve(adapter.base, revision=adapter.revision, token=token)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            f"{adapter.folder / 'adapter_config.json'} names {adapter.base!r} as its base model. {error.found}",
+            expected=error.expected,
+            fix=f"{error.fix} Or write the right folder or id into that file.",
+        ) from error
+
+
 def compute_dtype(dtype: Any) -> jnp.dtype:
     """A name, a numpy, JAX or torch dtype, or None for this machine's best -> float32, bfloat16 or float16."""
     if dtype is None:
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    name = str(dtype).removeprefix("torch.") if "torch" in str(dtype) else jnp.dtype(dtype).name
+    try:
+        name = str(dtype).removeprefix("torch.") if "torch" in str(dtype) else jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
     if name not in ("float32", "bfloat16", "float16"):
         raise OptionError(
             f"dtype={dtype!r}.",

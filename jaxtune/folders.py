@@ -1,5 +1,5 @@
-"""Writing a folder so that nothing half-written is ever seen under its final name: files are made in a hidden folder
-beside the target, then moved into place one by one. A folder that holds somebody else's files is left alone."""
+"""Writing a folder so that nothing half-written is ever seen under its final name: a hidden folder beside the target is
+filled, then the two change places. A folder that holds somebody else's files is left alone."""
 
 import contextlib
 import errno
@@ -11,12 +11,14 @@ from pathlib import Path
 
 from jaxtune.errors import OutputFolderError
 
+OURS = ("adapter_config.json", "metrics.jsonl", "tokenizer_config.json")
+"""What else a folder of ours may be known by: an adapter, a run, a tokenizer that was saved before its model."""
+
 
 @contextlib.contextmanager
 def staged(target: str | Path, marker: str) -> Iterator[Path]:
-    """A temporary folder to write into; on success its files replace those of the same name in `target`.
-
-    `marker` is the file by which a folder is known as ours: an existing, non-empty folder without it is refused."""
+    """A temporary folder to write into; on success it takes the target's place, with those of the target's files that
+    it does not replace. `marker` is the file by which a folder of this kind is known as ours."""
     target = Path(target)
     refuse_strangers(target, marker)
     try:
@@ -26,30 +28,52 @@ def staged(target: str | Path, marker: str) -> Iterator[Path]:
         raise cannot_write(target, error) from error
     try:
         yield stage
-        if not target.exists():
-            os.chmod(stage, 0o777 & ~_umask())
-            os.rename(stage, target)
+        os.chmod(stage, 0o777 & ~_umask())
+        if target.exists():
+            _keep_others(target, stage)
+            _swap(stage, target)
         else:
-            # The marker goes last: an interrupted replacement of an old folder still reads as the old one.
-            for file in sorted(stage.iterdir(), key=lambda file: file.name == marker):
-                os.replace(file, target / file.name)
+            os.rename(stage, target)
     except OSError as error:
         raise cannot_write(target, error) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
+def _keep_others(target: Path, stage: Path) -> None:
+    for entry in target.iterdir():
+        if not (stage / entry.name).exists():
+            copy = shutil.copytree if entry.is_dir() else shutil.copy2
+            copy(entry, stage / entry.name)
+
+
+def _swap(stage: Path, target: Path) -> None:
+    """Between the two renames the target is absent; whatever happens, no mixture of old and new bears its name."""
+    old = stage.with_suffix(".old")
+    os.rename(target, old)
+    try:
+        os.rename(stage, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def refuse_strangers(target: Path, marker: str) -> None:
-    """Raises unless `target` is free, empty, or has the file by which a folder is known as ours."""
+    """Raises unless `target` is free, empty, or has one of the files by which a folder is known as ours."""
     if target.exists() and not target.is_dir():
         raise OutputFolderError(
             f"{target} is a file.", expected="a folder to write to.", fix="Choose another name."
         )
-    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
+    if (
+        target.is_dir()
+        and any(target.iterdir())
+        and not any((target / name).is_file() for name in (marker, *OURS))
+    ):
         some = ", ".join(sorted(file.name for file in target.iterdir())[:3])
         raise OutputFolderError(
             f"{target} exists and holds files that are not ours ({some}).",
-            expected=f"a new or empty folder, or one with a {marker} to be replaced.",
+            expected=f"a new or empty folder, or one of ours, with {' or '.join(dict.fromkeys((marker, *OURS)))}.",
             fix="Choose another folder, or empty this one.",
         )
 

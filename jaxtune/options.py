@@ -3,11 +3,12 @@ what is a mistake. A name without effect is accepted with one line; any other un
 
 import functools
 import inspect
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from jaxtune.errors import OptionError, nearest
-from jaxtune.log import get_logger
+from jaxtune.log import get_logger, show
 
 log = get_logger(__name__)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -16,10 +17,10 @@ ANY = object()
 """In `without_effect`: every value of the option is accepted."""
 
 
-def mirrors(without_effect: Mapping[str, Any]) -> Callable[[F], F]:
+def mirrors(without_effect: Mapping[str, Any], aliases: Mapping[str, str] | None = None) -> Callable[[F], F]:
     """Decorates a function, or a class by its constructor, that has named keyword options. `without_effect` gives names
     that callers may pass although they mean nothing here: with `ANY`, or with the one value (or tuple of values) that
-    changes nothing."""
+    changes nothing. `aliases` gives other libraries' names for our own."""
 
     def decorate(function: F) -> F:
         if inspect.isclass(function):
@@ -30,6 +31,9 @@ def mirrors(without_effect: Mapping[str, Any]) -> Callable[[F], F]:
 
         @functools.wraps(function)
         def wrapper(*args, **given):
+            for other, name in (aliases or {}).items():
+                if other in given:
+                    given[name] = given.pop(other)
             extra = {name: given.pop(name) for name in list(given) if name not in own}
             for name, value in extra.items():
                 _accept_or_raise(title, name, value, own, without_effect)
@@ -53,10 +57,11 @@ def _accept_or_raise(
     neutral = without_effect[name]
     neutral_values = neutral if isinstance(neutral, tuple) else (neutral,)
     if neutral is ANY:
+        show()
         log.info("%s: %s has no effect in jaxtune.", title, name)
     elif value not in neutral_values:
         raise OptionError(
-            f"{title} was given {name}={value!r}, which this version does not support.",
+            f"{title} was given {name}={reprlib.repr(value)}, which this version does not support.",
             expected=f"{name}={' or '.join(map(repr, neutral_values))}.",
             fix=f"Leave {name} out.",
         )

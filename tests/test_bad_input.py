@@ -187,6 +187,11 @@ def test_a_dtype_that_is_none(good):
         FastLanguageModel.from_pretrained(good, dtype="int8")
 
 
+def test_a_length_that_is_none(good):
+    with fails(errors.OptionError, "max_seq_length=0"):
+        load(good, max_seq_length=0)
+
+
 def test_a_mistyped_option(good):
     with fails(errors.OptionError, "max_seq_lenght", "Did you mean 'max_seq_length'"):
         load(good, max_seq_lenght=128)
@@ -209,6 +214,27 @@ def test_a_rank_that_is_none(model, r):
 def test_targets_that_match_nothing(model):
     with fails(errors.AdapterError, "query_proj", "q_proj"):
         FastLanguageModel.get_peft_model(model, target_modules=["query_proj"])
+
+
+def test_one_target_among_others_that_matches_nothing(model):
+    with fails(errors.AdapterError, "'v_porj'", "Did you mean 'v_proj'"):
+        FastLanguageModel.get_peft_model(model, target_modules=["q_proj", "v_porj"])
+
+
+def test_a_second_adapter_does_not_replace_the_first(adapted):
+    assert FastLanguageModel.get_peft_model(adapted, r=4) is adapted
+    with fails(errors.AdapterError, "an adapter already"):
+        FastLanguageModel.get_peft_model(adapted, r=8)
+
+
+def test_what_from_pretrained_returned_passed_on_whole(model):
+    with fails(errors.OptionError, "tuple"):
+        FastLanguageModel.get_peft_model((model, None))
+
+
+def test_a_level_of_checkpointing_that_is_none(model):
+    with fails(errors.OptionError, "'block'"):
+        FastLanguageModel.get_peft_model(model, use_gradient_checkpointing="blok")
 
 
 def test_a_regex_that_is_none(model):
@@ -254,6 +280,7 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda f: edit_adapter_weights(f, lambda t: t.update({"x." + A: t.pop(A)})), [A]),
         (lambda f: edit_adapter_weights(f, lambda t: t[A].fill(np.nan)), ["NaN"]),
         (lambda f: (f / "adapter_config.json").write_text("{"), ["not JSON"]),
+        (lambda f: edit_adapter_config(f, init_lora_weights="pissa"), ["'pissa'"]),
     ],
     ids=[
         "rank",
@@ -264,11 +291,18 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         "wrong prefix",
         "nan",
         "bad json",
+        "pissa",
     ],
 )
 def test_an_adapter_that_does_not_fit(adapter_folder, change, words):
     change(adapter_folder)
     with fails(errors.AdapterError, *words):
+        load(adapter_folder)
+
+
+def test_an_adapter_whose_base_is_gone(adapter_folder):
+    edit_adapter_config(adapter_folder, base_model_name_or_path="./moved/away")
+    with fails(errors.ModelNotFoundError, "adapter_config.json names './moved/away'"):
         load(adapter_folder)
 
 
@@ -279,6 +313,8 @@ def test_an_adapter_without_weights(adapter_folder):
 
 
 # ---- writing ----
+
+ROWS = [{"text": "the fox"}]
 
 
 def test_an_output_folder_that_is_not_ours(adapted, tmp_path):
@@ -323,9 +359,39 @@ def test_a_full_disk_leaves_the_old_adapter(adapted, adapter_folder):
     assert [path.name for path in adapter_folder.parent.iterdir()] == ["adapter"]
 
 
+def test_a_replacement_that_breaks_leaves_the_old_adapter(adapted, adapter_folder, monkeypatch):
+    """The second of the two renames that swap old and new fails."""
+    before = {path.name: path.read_bytes() for path in adapter_folder.iterdir()}
+    rename, calls = os.rename, []
+
+    def second_fails(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with fails(errors.OutputFolderError, "Input/output error"):
+        adapted.save_pretrained(adapter_folder)
+    assert {path.name: path.read_bytes() for path in adapter_folder.iterdir()} == before
+    assert [path.name for path in adapter_folder.parent.iterdir()] == ["adapter"]
+
+
+def test_model_tokenizer_and_run_share_a_folder_in_any_order(adapted, tmp_path):
+    models.tokenizer().save_pretrained(tmp_path / "out")
+    adapted.save_pretrained(tmp_path / "out")
+    trainer = SFTTrainer(adapted, SFTConfig(max_steps=1, output_dir=tmp_path / "out"), train_dataset=ROWS)
+    trainer.train()
+    adapted.save_pretrained(tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"tokenizer.json", "adapter_model.safetensors", "metrics.jsonl"} <= names
+
+
 def test_a_run_does_not_write_among_strangers(adapted, tmp_path):
     (tmp_path / "thesis.tex").write_text("my only copy")
-    trainer = SFTTrainer(adapted, SFTConfig(max_steps=1, output_dir=tmp_path), [{"text": "the fox"}])
+    trainer = SFTTrainer(
+        adapted, SFTConfig(max_steps=1, output_dir=tmp_path), train_dataset=[{"text": "the fox"}]
+    )
     with fails(errors.OutputFolderError, "thesis.tex"):
         trainer.train()
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
@@ -336,7 +402,7 @@ def test_a_run_does_not_write_among_strangers(adapted, tmp_path):
 
 def test_training_without_an_adapter(model):
     with fails(errors.AdapterError, "get_peft_model"):
-        SFTTrainer(model, SFTConfig(), [{"text": "the fox"}])
+        SFTTrainer(model, SFTConfig(), train_dataset=[{"text": "the fox"}])
 
 
 def test_no_dataset(adapted):
@@ -346,19 +412,24 @@ def test_no_dataset(adapted):
 
 def test_a_dataset_without_the_needed_column(adapted):
     with fails(errors.DatasetError, "texts", "Did you mean"):
-        SFTTrainer(adapted, SFTConfig(), [{"texts": "the fox"}])
+        SFTTrainer(adapted, SFTConfig(), train_dataset=[{"texts": "the fox"}])
 
 
 def test_a_template_that_leaves_no_token_to_train_on(adapted):
     tokenizer = get_chat_template(models.fresh_tokenizer(), "chatml")
     rows = [{"messages": [{"role": "user", "content": "hello"}]}]
     with fails(errors.DatasetError, "train on"):
-        SFTTrainer(adapted, SFTConfig(assistant_only_loss=True), rows, tokenizer=tokenizer)
+        SFTTrainer(adapted, SFTConfig(assistant_only_loss=True), train_dataset=rows, tokenizer=tokenizer)
+
+
+def test_settings_of_another_kind(adapted):
+    with fails(errors.OptionError, "dict", "SFTConfig"):
+        SFTTrainer(adapted, {"max_steps": 1}, train_dataset=ROWS)
 
 
 def test_token_ids_of_another_model(adapted):
     with fails(errors.DatasetError, "99999"):
-        SFTTrainer(adapted, SFTConfig(), [{"input_ids": [1, 99999, 3]}])
+        SFTTrainer(adapted, SFTConfig(), train_dataset=[{"input_ids": [1, 99999, 3]}])
 
 
 @pytest.mark.parametrize(
@@ -370,6 +441,10 @@ def test_token_ids_of_another_model(adapted):
         ({"lr_scheduler_type": "cosin"}, "'cosine'"),
         ({"optim": "adamw_8bit"}, "'adamw_torch'"),
         ({"learning_rate": -1.0}, "learning_rate"),
+        ({"learning_rate": "2e-4"}, "learning_rate"),
+        ({"max_steps": 2.5}, "max_steps"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm"),
+        ({"adam_beta1": 1.5}, "adam_beta1"),
         ({"warmup_ratio": 2.0}, "warmup_ratio"),
         ({"gradient_checkpointing": "blok"}, "'block'"),
         ({"learning_rat": 1e-4}, "'learning_rate'"),

@@ -171,7 +171,7 @@ def _refuse(reading: Reading, data: str, *options: str) -> None:
 
 def _no_known_column(columns: list[str], text_field: str) -> DatasetError:
     wanted = dict.fromkeys([text_field, "text", "messages", "prompt", "completion", "input_ids"])
-    hint = next((hint for name in wanted if (hint := nearest(name, columns))), "")
+    hint = next((hint for column in columns if (hint := nearest(column, wanted))), "")
     return DatasetError(
         f"the dataset has the columns {columns}: no {text_field!r}, and no other form that is known.",
         expected=f"{KNOWN_FORMS}.",

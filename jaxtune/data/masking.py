@@ -52,7 +52,8 @@ def _no_response(
     tokenizer: "Tokenizer", sample: Sample, name: str, instruction_part: str, response_part: str
 ) -> DatasetError:
     return DatasetError(
-        f"no {name} has anything to train on after {response_part!r} (and before {instruction_part!r}).",
+        f"none of the trainer's {name} has anything to train on after {response_part!r} (and before "
+        f"{instruction_part!r}).",
         expected=f"these parts as the texts have them; the first begins {tokenizer.decode(sample.input_ids[:64])!r}.",
         fix="Pass instruction_part and response_part as they stand in the texts, line breaks included; or raise "
         "max_length if the prompts alone fill it.",

@@ -1,7 +1,8 @@
 """Cached generation as one compiled program: prefill the prompts, then a loop that emits a token a turn until every
-row has met its stop token. Prompt lengths are bucketed, so a handful of programs serve all prompts.
+row has met its stop token. Lengths of prompts and answers are bucketed, so a handful of programs serve
+all prompts.
 
-Shapes: B rows, P prompt columns (left-padded), N new tokens, V vocabulary.
+Shapes: B rows, P prompt columns (left-padded), N columns for new tokens, V vocabulary.
 """
 
 import functools
@@ -18,6 +19,7 @@ from jaxtune.models.cache import KVCache
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
 
 BUCKET = 64
+"""Columns: prompts are padded to a multiple of it, and so is the room for new tokens."""
 
 
 def generate(
@@ -43,12 +45,13 @@ def generate(
     new_BN, count_B = _generate(
         model,
         temperature is None,
-        max_new_tokens,
+        -(-max_new_tokens // BUCKET) * BUCKET,
+        jnp.asarray(max_new_tokens, jnp.int32),
         params,
         lora,
         tokens_BP,
         mask_BP,
-        jnp.asarray(list(stop_ids) or [-1], jnp.int32),
+        jnp.asarray(np.pad(np.asarray(stop_ids, np.int32), (0, -len(stop_ids) % 4), constant_values=-1)),
         jnp.asarray(1.0 if temperature is None else temperature, jnp.float32),
         jax.random.key(0) if key is None else key,
     )
@@ -56,12 +59,15 @@ def generate(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(model, greedy, N, params, lora, tokens_BP, mask_BP, stop_ids, temperature, key):
+def _generate(model, greedy, N, limit, params, lora, tokens_BP, mask_BP, stop_ids, temperature, key):
     B, P = tokens_BP.shape
     dtype = params["embed_tokens"]["weight"].dtype
     cache = KVCache.empty(model.config, B, P + N, dtype)
-    hidden, cache = model.hidden(params, lora, tokens_BP, segments_BT=mask_BP, cache=cache)
-    prompt_length_B = mask_BP.sum(axis=1)
+    counted_BP = jnp.cumsum(mask_BP, axis=1, dtype=jnp.int32)
+    positions_BP, prompt_length_B = jnp.maximum(counted_BP - 1, 0), counted_BP[:, -1]
+    hidden, cache = model.hidden(
+        params, lora, tokens_BP, segments_BT=mask_BP, positions_BT=positions_BP, cache=cache
+    )
 
     def next_token(hidden_BM, step):
         return sample(model.logits(params, hidden_BM), jax.random.fold_in(key, step), temperature, greedy)
@@ -74,7 +80,7 @@ def _generate(model, greedy, N, params, lora, tokens_BP, mask_BP, stop_ids, temp
 
     def going_on(state):
         step, _, _, _, done_B, _ = state
-        return (step < N) & ~done_B.all()
+        return (step < limit) & ~done_B.all()
 
     def turn(state):
         step, token_B, out_BN, count_B, done_B, cache = state

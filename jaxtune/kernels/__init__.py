@@ -5,10 +5,7 @@ everywhere, and what tests compare with), and where it pays a kernel. Knows arra
 def implementations() -> dict[str, str]:
     """The implementation that each op will use on this machine."""
     from jaxtune.kernels import attention, linear_cross_entropy, nf4
+    from jaxtune.kernels.choice import choose
 
-    ops = {
-        "attention": attention.api,
-        "linear_cross_entropy": linear_cross_entropy.api,
-        "nf4_matmul": nf4.api,
-    }
-    return {name: api.implementation() for name, api in ops.items()}
+    apis = (attention.api, linear_cross_entropy.api, nf4.api)
+    return {api.NAME: choose(api.NAME, None, api.IMPLEMENTATIONS) for api in apis}

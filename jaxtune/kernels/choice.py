@@ -6,7 +6,10 @@ Why = Callable[[], str | None] | None
 """Says why an implementation cannot run on this machine, or None if it can. None in its place: always can."""
 
 
-def choose(op: str, requested: str | None, candidates: Mapping[str, Why]) -> str:
+Candidates = Mapping[str, Why]
+
+
+def choose(op: str, requested: str | None, candidates: Candidates) -> str:
     """`candidates` in order of preference; the last one (XLA) must be able to run anywhere."""
     if requested is None:
         return next(name for name, why_not in candidates.items() if why_not is None or why_not() is None)

@@ -6,12 +6,12 @@ Everything that can be checked without reading weights is checked before the fir
 
 import collections
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from tqdm.auto import tqdm
 
 from jaxtune.errors import CheckpointError
 from jaxtune.loading.checkpoint import Checkpoint
@@ -38,7 +38,6 @@ def load_params(
     *,
     dtype: jnp.dtype,
     in_4bit: bool,
-    progress: Callable[[int], Any] = lambda tensors: None,
 ) -> Params:
     """The tree of `model.skeleton` with arrays: linears packed in NF4 if `in_4bit`, all else in `dtype`."""
     leaves = [
@@ -48,27 +47,37 @@ def load_params(
     params: Params = {}
     in_flight: collections.deque[jax.Array] = collections.deque()
     finite: dict[str, jax.Array] = {}
+    total = sum(len(names.hf_names(model.config, path)) for path, _ in leaves)
+    bar = tqdm(total=total, unit="tensor", desc="loading", disable=None, leave=False)
     for path, shape in leaves:
         packed = in_4bit and is_quantized(path, shape)
         stacked = names.is_stacked(path)
-        buffer = _buffer(shape, dtype, packed)
+        value = _buffer(shape, dtype, packed) if stacked else None
         for i, name in enumerate(names.hf_names(model.config, path)):
-            tensor = jax.device_put(checkpoint.read(name))
+            # A copy: on a CPU the device's array could otherwise be the mapped file itself.
+            tensor = jax.device_put(checkpoint.read(name), may_alias=False)
             if stacked:
-                buffer, finite[name] = _put(buffer, tensor, i)
+                value, finite[name] = _put(value, tensor, i)
             else:
-                buffer, finite[name] = _convert(tensor, jnp.dtype(dtype))
+                value = tensor.astype(dtype)
+                finite[name] = _is_finite(value)
             in_flight.append(finite[name])
             if len(in_flight) > IN_FLIGHT:
                 in_flight.popleft().block_until_ready()
-            progress(1)
-        insert(params, path, buffer)
+            bar.update()
+        insert(params, path, value)
+    bar.close()
     broken = [name for name, ok in zip(finite, jax.device_get(list(finite.values())), strict=True) if not ok]
     if broken:
         raise CheckpointError(
             f"{checkpoint.folder}: {_some(broken)} hold NaN or infinite values.",
-            expected="finite weights.",
-            fix="Download the model again, or use a checkpoint from before its training diverged.",
+            expected=f"finite weights in {jnp.dtype(dtype).name}.",
+            fix="Use a checkpoint from before its training diverged"
+            + (
+                "; or dtype='bfloat16', since float16 ends at 65504."
+                if dtype == jnp.float16
+                else ", or download it again."
+            ),
         )
     return params
 
@@ -98,10 +107,9 @@ def _put(buffer, tensor, i):
     return buffer, jnp.isfinite(value).all()
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _convert(tensor, dtype):
-    value = tensor.astype(dtype)
-    return value, jnp.isfinite(value).all()
+@jax.jit
+def _is_finite(value):
+    return jnp.isfinite(value).all()
 
 
 def _check_names_and_shapes(

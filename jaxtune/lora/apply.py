@@ -5,5 +5,8 @@ import jax
 
 def delta(x: jax.Array, adapter: dict[str, jax.Array]) -> jax.Array:
     """x [..., in]; adapter a [r, in], b [out, r], scale [] -> [..., out]."""
-    a, b, scale = (adapter[name].astype(x.dtype) for name in ("a", "b", "scale"))
-    return ((x @ a.T) * scale) @ b.T
+    a = adapter["a"].astype(x.dtype)
+    b = (adapter["scale"] * adapter["b"]).astype(
+        x.dtype
+    )  # scaled in float32: alpha / r may have no 16-bit value
+    return (x @ a.T) @ b.T

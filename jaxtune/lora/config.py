@@ -6,6 +6,8 @@ import re
 
 from jaxtune.errors import AdapterError
 
+ALL_LINEAR = "all-linear"
+"""Every linear inside the layers."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -16,7 +18,7 @@ class LoraConfig:
     lora_alpha: float = 16
     """The update is scaled by alpha / r."""
     target_modules: tuple[str, ...] | str = PROJECTIONS
-    """Names of modules (the end of their path), or one regular expression for the whole path, as in PEFT."""
+    """Names of modules (the end of their path), one regular expression for the whole path, or "all-linear", as PEFT."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead."""
 
@@ -46,6 +48,8 @@ class LoraConfig:
 
     def targets(self, module: str) -> bool:
         """Whether a module, by its Hugging Face path ("model.layers.0.self_attn.q_proj"), gets an adapter."""
+        if self.target_modules == ALL_LINEAR:
+            return True
         if isinstance(self.target_modules, str):
             return re.fullmatch(self.target_modules, module) is not None
         return any(module == name or module.endswith("." + name) for name in self.target_modules)

@@ -33,8 +33,29 @@ UNDERSTOOD_ONLY_AS: dict[str, Any] = {
     "trainable_token_indices": None,
     "target_parameters": None,
     "exclude_modules": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "velora_config": None,
+    "lora_ga_config": None,
+    "corda_config": None,
+    "eva_config": None,
+    "megatron_config": None,
+    "layers_pattern": None,
 }
 """Settings that change what an adapter means, with the one value of each that this version understands."""
+
+IRRELEVANT = {
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "inference_mode", "loftq_config", "lora_dropout",
+    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+}  # fmt: skip
+"""Settings that mean nothing once an adapter is trained, or nothing by themselves."""
+
+PLAIN_INITS = (True, False, None, "gaussian", "orthogonal")
+"""Ways to initialise that leave the base as it is; others (pissa, olora, ...) also change the base's weights."""
 
 
 def tensor_name(module: str, factor: str) -> str:
@@ -84,6 +105,12 @@ def from_peft_config(peft: dict[str, Any], source: str) -> LoraConfig:
                 expected=f"{key}={understood!r}: this version of jaxtune reads plain LoRA only.",
                 fix="Merge that adapter with peft first, or train one without that setting.",
             )
+    if peft.get("init_lora_weights", True) not in PLAIN_INITS:
+        raise AdapterError(
+            f"{source} was initialised by {peft['init_lora_weights']!r}, which changed the base's weights too.",
+            expected="an adapter that is all that was changed.",
+            fix="Convert it to plain LoRA with peft's save_pretrained(path_initial_model_for_weight_conversion=...).",
+        )
     targets = peft.get("target_modules")
     if not targets:
         raise AdapterError(

@@ -48,14 +48,17 @@ def init(
             jax.random.fold_in(key, n), (repeats, config.r, inn), jnp.float32, -bound, bound
         )
         insert(adapter, path, {"a": a, "b": jnp.zeros((repeats, out, config.r), jnp.float32)})
-    if not adapter:
+    targets = (config.target_modules,) if isinstance(config.target_modules, str) else config.target_modules
+    found = {path[-1] for path, _ in modules(adapter)}
+    idle = [
+        name for name in targets if not adapter or (len(targets) > 1 and name.split(".")[-1] not in found)
+    ]
+    if idle:
         known = sorted({path[-1] for path, _ in linears(skeleton)})
-        targets = config.target_modules
-        near = nearest(targets if isinstance(targets, str) else targets[0] if targets else "", known)
         raise AdapterError(
-            f"target_modules={targets!r} matches no linear of this model.",
+            f"target_modules={idle[0]!r} matches no linear of this model's layers.",
             expected=f"some of {', '.join(known)}.",
-            fix=f"Name at least one of them, or leave target_modules out.{near}",
+            fix=f"Correct it, or leave it out.{nearest(idle[0], known)}",
         )
     return adapter
 

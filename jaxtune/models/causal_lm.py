@@ -36,7 +36,7 @@ class CausalLM:
     @property
     def skeleton(self) -> Params:
         """The tree of `params` with shapes in place of arrays, layers stacked."""
-        return _define(self.config)[1]
+        return jax.tree.map(lambda spec: spec, _define(self.config)[1])
 
     def hidden(
         self,
@@ -52,10 +52,14 @@ class CausalLM:
         """Hidden states [B, T, M] after the final norm, and the cache (None without one).
 
         `segments_BT` says which tokens see each other (0 is padding, so an attention mask will do); positions default
-        to counting the real tokens of a row, which is right for one sequence per row, padded on either side."""
+        to counting the real tokens of a row, which is right for one sequence per row, padded on either side. The cache
+        must have room for all T tokens: a full one would overwrite its last columns."""
         if segments_BT is None:
             segments_BT = jnp.ones(tokens_BT.shape, jnp.int32)
+        segments_BT = jnp.asarray(segments_BT, jnp.int32)
         if positions_BT is None:
+            if cache is not None:
+                raise ValueError("with a cache, positions_BT must say where its new tokens stand")
             positions_BT = jnp.maximum(jnp.cumsum((segments_BT > 0).astype(jnp.int32), axis=1) - 1, 0)
         if lora is not None:
             if self.lora_config is None:
@@ -84,6 +88,20 @@ class CausalLM:
         segments_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits [B, T, V] in float32 of every token. Training never calls this: see `training.losses`."""
-        hidden, _ = self.hidden(params, lora, tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT)
-        return self.logits(params, hidden)
+        """Logits [B, T, V] in float32 of every token. Training never calls this: see `training.losses`.
+
+        Compiled once for each shape, so that it is as quick in a notebook as under a jit of your own."""
+        return _apply(self, params, lora, tokens_BT, segments_BT, positions_BT)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(
+    model: CausalLM,
+    params: Params,
+    lora: Lora | None,
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array | None,
+    positions_BT: jax.Array | None,
+) -> jax.Array:
+    hidden, _ = model.hidden(params, lora, tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT)
+    return model.logits(params, hidden)

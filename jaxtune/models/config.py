@@ -58,6 +58,13 @@ class ModelConfig:
                 expected="a number of heads that is a multiple of the number of key/value heads.",
                 fix="Repair num_attention_heads or num_key_value_heads in config.json.",
             )
+        pattern = (self.windows[: self.period] * self.num_layers)[: self.num_layers]
+        if self.windows != pattern:
+            raise ConfigError(
+                f"config: the windows {self.windows} do not repeat every {self.period} layers.",
+                expected="a pattern: layers at the same place of its period are alike.",
+                fix="Set period to the length of the pattern.",
+            )
         if self.head_dim % 2:
             raise ConfigError(
                 f"config: head_dim is {self.head_dim}.",

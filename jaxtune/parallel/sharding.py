@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.errors import ShardingError
+from jaxtune.kernels.nf4.layout import is_planar
 from jaxtune.quant.nf4 import NF4Array
 
 TILE = 128
@@ -60,6 +61,8 @@ def _map_leaves(rule: Callable, tree: Any, mesh: Mesh) -> Any:
 def _weight(keys: tuple, weight: Any, mesh: Mesh) -> Any:
     axes = RULES.get(keys[-2]) if keys[-1] == "weight" else None
     packed = isinstance(weight, NF4Array)
+    if packed and not is_planar(weight.out_in):
+        axes = None  # its blocks cross rows: whole everywhere
     if axes is not None:
         for size, axis, unit in zip(weight.shape[-2:], axes, (1, TILE if packed else 1), strict=True):
             _require_whole(keys, size, axis, unit, mesh)
@@ -71,10 +74,11 @@ def _weight(keys: tuple, weight: Any, mesh: Mesh) -> Any:
 
 def _factor(keys: tuple, factor: Any, mesh: Mesh) -> P:
     out, inn = RULES.get(keys[-2], (None, None))
-    spec = P(None, None, inn) if keys[-1] == "a" else P(None, out, None)
-    for size, axis in zip(factor.shape, spec, strict=True):
+    # Without a trailing None: a step returns it like that, and would otherwise be compiled again for its own result.
+    spec = P(None, None, inn) if keys[-1] == "a" else P(None, out)
+    for size, axis in zip(factor.shape, spec, strict=False):
         _require_whole(keys, size, axis, 1, mesh)
-    return spec
+    return spec if any(spec) else P()
 
 
 def _require_whole(keys: tuple, size: int, axis: str | None, unit: int, mesh: Mesh) -> None:

@@ -28,12 +28,15 @@ WITHOUT_EFFECT = {
     "gradient_checkpointing_kwargs": ANY,
     "use_liger_kernel": ANY,
     "disable_tqdm": ANY,
+    "run_name": ANY,
+    "logging_first_step": ANY,
+    "logging_strategy": "steps",
     "loss_type": ("nll", None),
 }
 """Names that a TRL or Unsloth script may pass although they mean nothing here, or only with the value given."""
 
 
-@mirrors(WITHOUT_EFFECT)
+@mirrors(WITHOUT_EFFECT, aliases={"max_seq_length": "max_length"})
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTConfig:
     output_dir: str | Path | None = None
@@ -50,10 +53,10 @@ class SFTConfig:
     """The highest rate of the schedule."""
     lr_scheduler_type: str = "linear"
     """constant, constant_with_warmup, cosine or linear."""
-    warmup_steps: int = 0
-    """Steps over which the rate rises from 0; goes before warmup_ratio."""
+    warmup_steps: float | None = None
+    """Steps over which the rate rises from 0; below 1, a part of all steps. None leaves it to warmup_ratio."""
     warmup_ratio: float = 0.1
-    """The same as a part of all steps, rounded up."""
+    """The part of all steps over which it rises, rounded up."""
     weight_decay: float = 0.001
     """AdamW's decoupled weight decay."""
     adam_beta1: float = 0.9
@@ -87,12 +90,27 @@ class SFTConfig:
             "learning_rate": 0,
             "warmup_steps": 0,
             "weight_decay": 0,
+            "adam_epsilon": 0,
+            "max_grad_norm": 0,
             "max_length": 1,
         }
         for name, least in at_least.items():
             value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise _bad(name, value, f"at least {least}")
+            if value is None and _may_be_none(name):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+                raise _bad(name, value, f"a number of at least {least}")
+        for name in (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "max_steps",
+        ):
+            if not isinstance(getattr(self, name), int):
+                raise _bad(name, getattr(self, name), "a whole number")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise _bad(name, getattr(self, name), "a number from 0 to below 1")
         if not 0 <= self.warmup_ratio <= 1:
             raise _bad("warmup_ratio", self.warmup_ratio, "a part of all steps, from 0 to 1")
         if self.max_steps != -1 and self.max_steps < 1:
@@ -109,7 +127,13 @@ class SFTConfig:
         return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * steps_per_epoch)
 
     def warmup(self, total_steps: int) -> int:
-        return self.warmup_steps or math.ceil(self.warmup_ratio * total_steps)
+        steps = self.warmup_ratio if self.warmup_steps is None else self.warmup_steps
+        is_part = self.warmup_steps is None or steps < 1
+        return math.ceil(steps * total_steps) if is_part else int(steps)
+
+
+def _may_be_none(name: str) -> bool:
+    return name in ("max_grad_norm", "max_length", "warmup_steps")
 
 
 def _bad(name: str, value: object, expected: str, near: str = "") -> OptionError:

@@ -9,11 +9,15 @@ from typing import Any
 import jax
 
 from jaxtune.errors import TrainingError
+from jaxtune.log import get_logger
 from jaxtune.models.causal_lm import Params
 from jaxtune.training.step import Step, TrainState
 
+log = get_logger(__name__)
+
 Record = dict[str, float]
-"""One step's numbers: the step's metrics, the batch's own facts, `step`, and `step_time_sec`."""
+"""One step's numbers: the step's metrics, the batch's own facts, `step`, `step_time_sec`, and `compile_seconds` (which
+the step's time does not include) where its shape was new."""
 
 
 def run(
@@ -22,9 +26,12 @@ def run(
     params: Params,
     batches: Iterable[tuple[Mapping[str, Any], Mapping[str, float]]],
     on_record: Callable[[Record], Any],
+    on_state: Callable[[TrainState], Any] = lambda state: None,
 ) -> TrainState:
-    """Runs one step for every (batch, facts). `on_record` sees each step's numbers once the next one is under way."""
+    """Runs one step for every (batch, facts). `on_record` sees each step's numbers once the next one is under way;
+    `on_state` sees the state after each step, which the next one consumes."""
     pending: tuple[int, dict[str, jax.Array], Mapping[str, float]] | None = None
+    shapes: set[tuple[int, ...]] = set()
     clock = time.perf_counter()
 
     def settle() -> None:
@@ -46,7 +53,20 @@ def run(
         on_record(record)
 
     for number, (batch, facts) in enumerate(batches, start=int(state.step) + 1):
+        shape = batch["tokens"].shape
+        is_new = shape not in shapes
+        if is_new:
+            # So that the time of compiling is this step's, and the step before it is shown at once.
+            settle()
+            shapes.add(shape)
+            log.info("compiling the step for %d x %d x %d tokens ...", *shape)
+        dispatched = time.perf_counter()
         state, metrics = step(state, params, batch)
+        on_state(state)
+        if is_new:
+            compiled = time.perf_counter() - dispatched
+            clock += compiled
+            facts = {**facts, "compile_seconds": compiled}
         settle()
         pending = (number, metrics, facts)
     settle()

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import TextIO
 
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jaxtune.folders import cannot_write, refuse_strangers
 from jaxtune.log import get_logger
@@ -25,6 +27,7 @@ class RunLog:
         if self.file is not None:
             settings = dataclasses.asdict(config) | {"output_dir": str(config.output_dir)}
             self.file.write(json.dumps({"settings": settings}) + "\n")
+        self.above_the_bar = logging_redirect_tqdm([logging.getLogger("jaxtune")])
         self.bar = tqdm(total=total_steps, unit="step", disable=None)
 
     def write(self, record: Record) -> None:
@@ -32,8 +35,10 @@ class RunLog:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
         log.info(
-            "step %d: loss %.4f, grad_norm %.3f, lr %.2e, %.0f tokens/s",
+            "step %d/%d (epoch %.2f): loss %.4f, grad_norm %.3f, lr %.2e, %.0f tokens/s",
             record["step"],
+            self.bar.total,
+            record["epoch"],
             record["loss"],
             record["grad_norm"],
             record["learning_rate"],
@@ -45,9 +50,11 @@ class RunLog:
         self.bar.update()
 
     def __enter__(self) -> "RunLog":
+        self.above_the_bar.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.above_the_bar.__exit__(None, None, None)
         self.bar.close()
         if self.file is not None:
             self.file.close()

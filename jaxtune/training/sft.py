@@ -11,14 +11,14 @@ from jaxtune.data.sample import Sample
 from jaxtune.errors import AdapterError, OptionError
 from jaxtune.log import show
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
-from jaxtune.options import mirrors
+from jaxtune.options import ANY, mirrors
 from jaxtune.training.config import SFTConfig
 from jaxtune.training.loop import Record, run
 from jaxtune.training.losses import next_token_loss
 from jaxtune.training.metrics import RunLog
 from jaxtune.training.optimizers import adamw, schedule
 from jaxtune.training.remat import level, remat
-from jaxtune.training.step import init_state, make_step
+from jaxtune.training.step import TrainState, init_state, make_step
 
 
 class Trainable(Protocol):
@@ -32,6 +32,16 @@ class Trainable(Protocol):
     gradient_checkpointing: bool | str
 
 
+WITHOUT_EFFECT = {
+    "eval_dataset": None,
+    "data_collator": None,
+    "peft_config": None,
+    "callbacks": (None, []),
+    "packing": False,
+    "dataset_num_proc": ANY,
+}
+
+
 class TrainOutput(NamedTuple):
     """As transformers has it."""
 
@@ -40,7 +50,7 @@ class TrainOutput(NamedTuple):
     metrics: dict[str, float]
 
 
-@mirrors({"eval_dataset": None, "data_collator": None, "peft_config": None, "callbacks": (None, [])})
+@mirrors(WITHOUT_EFFECT)
 class SFTTrainer:
     """Tokenises the dataset when it is made; `train()` runs it and leaves the trained adapter in `model.lora`.
 
@@ -51,11 +61,19 @@ class SFTTrainer:
         self,
         model: Trainable,
         args: SFTConfig | None = None,
+        *,
         train_dataset: Any = None,
         processing_class: Any = None,
         tokenizer: Any = None,
         formatting_func: Callable | None = None,
     ):
+        show()
+        if not isinstance(args, SFTConfig | None):
+            raise OptionError(
+                f"SFTTrainer's args is a {type(args).__name__}.",
+                expected="an SFTConfig.",
+                fix="Pass args=SFTConfig(...).",
+            )
         if model.lora is None:
             raise AdapterError(
                 "The model has no adapter to train.",
@@ -101,7 +119,6 @@ class SFTTrainer:
         assert self.model.lora is not None
         state = init_state(self.model.lora, optimizer)
 
-        show()
         self.log_history = []
         records: list[Record] = []
         unlogged: list[float] = []
@@ -129,8 +146,18 @@ class SFTTrainer:
                 )
                 for batch, info in itertools.islice(stream, total)
             )
-            state = run(step, state, self.model.params, batches, on_record)
-        self.model.lora = state.lora
+            latest = state
+
+            def on_state(state: TrainState) -> None:
+                nonlocal latest
+                latest = state
+
+            try:
+                latest = run(step, state, self.model.params, batches, on_record, on_state)
+            except KeyboardInterrupt:
+                self.model.lora = latest.lora  # what was learnt so far is not lost
+                raise
+        self.model.lora = latest.lora
         runtime = time.perf_counter() - started
         mean = sum(record["loss"] for record in records) / total
         metrics = {

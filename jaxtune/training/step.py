@@ -36,14 +36,17 @@ def init_state(lora: Lora, optimizer: optax.GradientTransformation) -> TrainStat
 
 def value_and_grad(loss: Loss, lora: Lora, params: Params, batch: MicroBatch) -> tuple[jax.Array, Lora]:
     """Mean loss and gradient over all trained tokens of batch [A, R, L]: A micro-batches, one after the other."""
-    total = jnp.maximum(trained_tokens(batch), 1).astype(jnp.float32)
-    mean = jax.value_and_grad(lambda lora, micro: loss(lora, params, micro) / total)
+    of_sum = jax.value_and_grad(loss)
 
     def add(carry, micro):
-        return jax.tree.map(jnp.add, carry, mean(lora, micro)), None
+        return jax.tree.map(jnp.add, carry, of_sum(lora, params, micro)), None
 
     zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, lora))
-    return lax.scan(add, zero, batch)[0]
+    summed = lax.scan(add, zero, batch)[0]
+    # Divided at the end, in float32: as a factor of the loss it would reach the backward pass in the model's own
+    # dtype, where in float16 it turns gradients into zeros.
+    total = jnp.maximum(trained_tokens(batch), 1).astype(jnp.float32)
+    return jax.tree.map(lambda x: x / total, summed)
 
 
 def make_step(

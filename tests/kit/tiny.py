@@ -31,7 +31,9 @@ def params(causal_lm: CausalLM, dtype="float32"):
     def leaf(path, spec):
         w = rng.standard_normal(spec.shape) * 0.05 + ("norm" in jax.tree_util.keystr(path))
         w = jnp.asarray(w, dtype)
-        return quantize(w) if names.keys(path)[0] == "layers" and w.ndim == 3 else w
+        packed = names.keys(path)[0] == "layers" and w.ndim == 3
+        # One by one: a stack of three would be a program of its own to compile.
+        return jax.tree.map(lambda *each: jnp.stack(each), *map(quantize, w)) if packed else w
 
     return jax.tree_util.tree_map_with_path(leaf, causal_lm.skeleton)
 
@@ -39,8 +41,14 @@ def params(causal_lm: CausalLM, dtype="float32"):
 def lora(causal_lm: CausalLM):
     """An adapter that is already awake: B is not zero."""
     module_names = functools.partial(names.hf_names, causal_lm.config)
-    fresh = lora_tree.init(causal_lm.skeleton, causal_lm.lora_config, module_names, jax.random.key(0))
-    return jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(1), x.shape), fresh)
+
+    def fresh():
+        return lora_tree.init(causal_lm.skeleton, causal_lm.lora_config, module_names, jax.random.key(0))
+
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda spec: jnp.asarray(rng.standard_normal(spec.shape) * 0.05, "float32"), jax.eval_shape(fresh)
+    )
 
 
 def batch(*, micro_batches=2, rows=4, length=32, vocab=128, seed=1):

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxtune.errors import ConfigError
 from jaxtune.models import names, rope
 from jaxtune.models.cache import KVCache
+from jaxtune.models.causal_lm import _apply
 from jaxtune.models.parts import Block, Where
 from tests.kit import tiny
 from tests.kit.compare import assert_close
@@ -113,3 +115,16 @@ def test_one_value_of_configuration_is_one_program(case):
     count(model, params)
     count(tiny.model(windows=WINDOWS, period=3), params)
     assert len(traced) == 1
+
+
+def test_windows_must_follow_the_period():
+    with pytest.raises(ConfigError, match="do not repeat"):
+        tiny.model(windows=(None, 2))
+
+
+def test_apply_without_a_jit_of_ones_own_compiles_once(case):
+    model, params, _, tokens = case
+    model.apply(params, None, tokens)
+    programs = _apply._cache_size()
+    model.apply(params, None, tokens)
+    assert _apply._cache_size() == programs

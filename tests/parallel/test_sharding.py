@@ -73,3 +73,11 @@ def test_packed_inputs_are_cut_in_whole_tiles():
 def test_a_mesh_needs_its_devices():
     with pytest.raises(ShardingError, match="8 devices"):
         make_mesh(fsdp=16)
+
+
+def test_weights_whose_blocks_cross_rows_are_whole_everywhere():
+    model = tiny.model(intermediate_size=200)
+    params = tiny.params(model)
+    placed = jax.device_put(params, param_shardings(params, make_mesh()))
+    down = placed["layers"][0][0]["mlp"]["down_proj"]["weight"].codes
+    assert down.sharding.spec == jax.sharding.PartitionSpec()

@@ -1,5 +1,6 @@
 """PEFT folders travel both ways: what we write, PEFT loads with the same logits, and the reverse."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,6 +11,7 @@ import torch
 from safetensors.numpy import load_file
 
 from jaxtune import FastLanguageModel
+from jaxtune.lora import peft_format
 from tests.kit import models
 from tests.kit.compare import assert_close, assert_trees_equal, relative_rms
 
@@ -46,8 +48,9 @@ def perturbed(model):
         {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "down_proj"]},
         {"r": 8, "use_rslora": True},
         {"r": 8, "target_modules": r".*\.self_attn\.(k|v)_proj"},
+        {"r": 4, "target_modules": "all-linear"},
     ],
-    ids=["seven projections", "two projections, alpha 32", "rslora", "regex"],
+    ids=["seven projections", "two projections, alpha 32", "rslora", "regex", "all-linear"],
 )
 def test_ours_in_peft(base, tmp_path, settings):
     _, folder = base
@@ -122,3 +125,10 @@ def test_seeds_decide_a(base):
     assert_trees_equal(one, same)
     q = [tree["layers"][0][0]["self_attn"]["q_proj"]["a"] for tree in (one, other)]
     assert relative_rms(*q) > 0.1
+
+
+def test_every_setting_of_peft_is_classified():
+    """Read, or refused unless neutral, or without meaning here: a setting that is new in PEFT fails this test."""
+    read = {"r", "lora_alpha", "target_modules", "use_rslora", "init_lora_weights"}
+    known = read | set(peft_format.UNDERSTOOD_ONLY_AS) | peft_format.IRRELEVANT
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= known

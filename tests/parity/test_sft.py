@@ -58,7 +58,7 @@ def trainer(request, tmp_path_factory):
         put_dequantized(theirs, model)
     model = FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16)
     tokenizer = get_chat_template(tokenizer, "chatml")
-    return SFTTrainer(model, CONFIG, dataset(), tokenizer=tokenizer), torch_twin(theirs, model)
+    return SFTTrainer(model, CONFIG, train_dataset=dataset(), tokenizer=tokenizer), torch_twin(theirs, model)
 
 
 def put_dequantized(theirs, ours):

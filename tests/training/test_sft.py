@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ def model():
 
 def train(model, rows=ROWS, **settings):
     """A run on a copy of the model, and its log."""
-    trainer = SFTTrainer(dataclasses.replace(model), SFTConfig(**{**BASE, **settings}), rows)
+    trainer = SFTTrainer(dataclasses.replace(model), SFTConfig(**{**BASE, **settings}), train_dataset=rows)
     trainer.train()
     return trainer, trainer.log_history
 
@@ -59,6 +60,8 @@ def test_training_changes_the_adapter_and_nothing_else(model, baseline):
         {"learning_rate": 2e-2},
         {"lr_scheduler_type": "constant"},
         {"warmup_steps": 2},
+        {"warmup_steps": 0},
+        {"warmup_steps": 0.5},
         {"warmup_ratio": 0.0},
         {"weight_decay": 0.9},
         {"adam_beta1": 0.5},
@@ -70,7 +73,7 @@ def test_training_changes_the_adapter_and_nothing_else(model, baseline):
         {"gradient_accumulation_steps": 1},
         {"max_length": 8},
     ],
-    ids=lambda settings: "-".join(settings),
+    ids=str,
 )
 def test_a_setting_changes_the_losses(model, baseline, settings):
     reference = baseline
@@ -95,7 +98,7 @@ def test_logging_steps_average_the_loss(model, baseline):
 
 
 def test_what_train_returns(model):
-    trainer = SFTTrainer(dataclasses.replace(model), SFTConfig(**BASE), ROWS)
+    trainer = SFTTrainer(dataclasses.replace(model), SFTConfig(**BASE), train_dataset=ROWS)
     result = trainer.train()
     assert result.global_step == 3
     np.testing.assert_allclose(result.training_loss, np.mean(column(trainer.log_history, "loss")))
@@ -106,6 +109,27 @@ def test_what_train_returns(model):
         "train_loss",
         "epoch",
     } == set(result.metrics)
+
+
+def test_an_interrupt_keeps_what_was_learnt(model, caplog):
+    """Ctrl-C after the second step's line: the adapter is that of the last step that was dispatched."""
+    trainer = SFTTrainer(dataclasses.replace(model), SFTConfig(**BASE), train_dataset=ROWS)
+
+    class Interrupt(logging.Handler):
+        def emit(self, record):
+            if "step 2/" in record.getMessage():
+                raise KeyboardInterrupt
+
+    handler = Interrupt()
+    logging.getLogger("jaxtune").addHandler(handler)
+    try:
+        with caplog.at_level("INFO", "jaxtune"), pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    finally:
+        logging.getLogger("jaxtune").removeHandler(handler)
+    assert [record["step"] for record in trainer.log_history] == [1, 2]
+    before, after = (jax.tree.leaves(tree) for tree in (model.lora, trainer.model.lora))
+    assert all(not np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_output_dir_has_the_settings_and_a_line_a_step(model, tmp_path):
@@ -143,12 +167,12 @@ def test_which_tokens_are_trained_on(model):
     tokenizer = get_chat_template(models.fresh_tokenizer(), "chatml")
 
     def text(rows, **settings):
-        return trained_text(SFTTrainer(model, SFTConfig(**settings), rows, tokenizer=tokenizer))
+        return trained_text(SFTTrainer(model, SFTConfig(**settings), train_dataset=rows, tokenizer=tokenizer))
 
     whole = text(CHAT)
     assert "the fox" in whole[0]
     assert text(CHAT, assistant_only_loss=True) == ["jumps<|im_end|>is lazy<|im_end|>"]
-    masked = train_on_responses_only(SFTTrainer(model, SFTConfig(), CHAT, tokenizer=tokenizer))
+    masked = train_on_responses_only(SFTTrainer(model, SFTConfig(), train_dataset=CHAT, tokenizer=tokenizer))
     assert trained_text(masked)[0].replace("\n", "") == "jumps<|im_end|>is lazy<|im_end|>"
 
     pair = [{"prompt": "the fox", "completion": " jumps"}]

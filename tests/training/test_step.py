@@ -36,6 +36,18 @@ def cut(batch, micro_batches):
     return {name: array.reshape(micro_batches, -1, array.shape[-1]) for name, array in rows.items()}
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bit_gradients_do_not_fade_with_the_number_of_tokens(case, dtype):
+    """The division by the tokens happens after the sum, in float32: before it, float16 would lose small gradients. The
+    same batch 256 times over has the gradient of the batch."""
+    model, _, lora = case
+    params = tiny.params(model, dtype)
+    gradient = jax.jit(lambda *args: value_and_grad(next_token_loss(model), *args)[1])
+    once = cut(tiny.batch(rows=1, micro_batches=1), 1)
+    many = {name: np.tile(array, (256, 1, 1)) for name, array in once.items()}
+    assert_trees_close(gradient(lora, params, many), gradient(lora, params, once), 1e-4)
+
+
 def padded(batch):
     """Every segment in a row of its own, padded on the right."""
     half = batch["tokens"].shape[-1] // 2

@@ -3,14 +3,14 @@
 import jax
 
 from jaxtune.kernels.attention import reference
-from jaxtune.kernels.choice import choose
+from jaxtune.kernels.choice import Candidates, choose
 
 BLOCK = 512
 """Queries at a time on the XLA path: 4 rows x 4096 keys x 32 heads keep 1 GiB of float32 scores."""
 
 
-def implementation(requested: str | None = None) -> str:
-    return choose("attention", requested, {"xla": None})
+NAME = "attention"
+IMPLEMENTATIONS: Candidates = {"xla": None}
 
 
 def attention(
@@ -24,12 +24,14 @@ def attention(
     kv_positions_BS: jax.Array,
     scale: float,
     window: int | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Queries [B, T, H, D] against keys and values [B, S, K, D] -> [B, T, H, D].
 
     Visible are keys of the query's own segment (0 is padding), no later in position, at most `window - 1` earlier.
-    Outputs of padding queries are finite and mean nothing.
+    Outputs of padding queries are finite and mean nothing. `implementation`: see `kernels.choice`.
     """
+    choose(NAME, implementation, IMPLEMENTATIONS)
     return reference.attention(
         q_BTHD,
         k_BSKD,

@@ -34,19 +34,21 @@ def attention(
         _attend, k=k_BSKD, v=v_BSKD, kv_seg=kv_segments_BS, kv_pos=kv_positions_BS, scale=scale, window=window
     )
     q = q_BTHD.reshape(B, T, K, H // K, D)
+    # The backward pass keeps no scores: they are computed again. (Nothing could be shared with the forward pass inside
+    # a loop, so CSE needs no preventing there.)
     if T <= block:
-        return one(q, q_segments_BT, q_positions_BT).reshape(B, T, H, D)
+        return jax.checkpoint(one)(q, q_segments_BT, q_positions_BT).reshape(B, T, H, D)
 
-    # Blocks of queries, one after the other; checkpointed, so that the backward pass keeps no scores either.
+    # Blocks of queries, one after the other, all of one size and as little padding as that allows.
     n = math.ceil(T / block)
+    block = math.ceil(T / n)
 
     def blocks(x):  # [B, T, ...] -> [n, B, block, ...]; the padding is segment 0
         x = jnp.pad(x, [(0, 0), (0, n * block - T)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, n, block, *x.shape[2:]), 1, 0)
 
-    out = lax.map(
-        lambda qsp: jax.checkpoint(one)(*qsp), (blocks(q), blocks(q_segments_BT), blocks(q_positions_BT))
-    )
+    again = jax.checkpoint(one, prevent_cse=False)
+    out = lax.map(lambda qsp: again(*qsp), (blocks(q), blocks(q_segments_BT), blocks(q_positions_BT)))
     return jnp.moveaxis(out, 0, 1).reshape(B, n * block, H, D)[:, :T]
 
 

@@ -11,21 +11,27 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxtune.kernels.choice import choose
+from jaxtune.kernels.choice import Candidates, choose
 from jaxtune.kernels.linear_cross_entropy import reference
 
 CHUNK = 1024
 """Tokens whose logits are alive together: 0.5 GiB in float32 at a vocabulary of 128,256."""
 
 
-def implementation(requested: str | None = None) -> str:
-    return choose("linear_cross_entropy", requested, {"xla": None})
+NAME = "linear_cross_entropy"
+IMPLEMENTATIONS: Candidates = {"xla": None}
 
 
 def linear_cross_entropy(
-    x_TD: jax.Array, w_VD: jax.Array, labels_T: jax.Array, *, chunk: int = CHUNK
+    x_TD: jax.Array,
+    w_VD: jax.Array,
+    labels_T: jax.Array,
+    *,
+    chunk: int = CHUNK,
+    implementation: str | None = None,
 ) -> jax.Array:
     """-log softmax(x @ w.T)[label] for each token, float32 [T]; 0 (and no gradient) where the label is -100."""
+    choose(NAME, implementation, IMPLEMENTATIONS)
     return _nll(chunk, x_TD, w_VD, labels_T)
 
 

@@ -3,6 +3,7 @@
 Shapes: T tokens, D hidden, V vocabulary, C tokens in a chunk.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,10 +23,10 @@ def _label_hot(labels_C, vocab):
 
 
 def nll_of_chunk(x_CD: jax.Array, w_VD: jax.Array, labels_C: jax.Array) -> jax.Array:
-    """Negative log-likelihood of each label [C]; 0 where the label is IGNORE."""
+    """Negative log-likelihood of each label [C]; 0 where the label is IGNORE (or any other negative number)."""
     logits_CV = _logits(x_CD, w_VD)
     label = jnp.take_along_axis(logits_CV, jnp.maximum(labels_C, 0)[:, None], axis=1)[:, 0]
-    return jnp.where(labels_C == IGNORE, 0.0, jax.nn.logsumexp(logits_CV, axis=1) - label)
+    return jnp.where(labels_C >= 0, jax.nn.logsumexp(logits_CV, axis=1) - label, 0.0)
 
 
 def nll_and_dx_of_chunk(x_CD: jax.Array, w_VD: jax.Array, labels_C: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -45,7 +46,7 @@ def _dlogits(x_CD, w_VD, labels_C):
     logits_CV = _logits(x_CD, w_VD)
     lse_C = jax.nn.logsumexp(logits_CV, axis=1)
     label = jnp.take_along_axis(logits_CV, jnp.maximum(labels_C, 0)[:, None], axis=1)[:, 0]
-    trained_C = labels_C != IGNORE
+    trained_C = labels_C >= 0
     dlogits = jnp.exp(logits_CV - lse_C[:, None]) - _label_hot(labels_C, logits_CV.shape[1])
     dlogits = jnp.where(trained_C[:, None], dlogits, 0.0).astype(x_CD.dtype)
     return dlogits, jnp.where(trained_C, lse_C - label, 0.0)
@@ -66,7 +67,9 @@ def sum_chunks(function: Callable, chunk: int, zero: jax.Array, *arrays_T: jax.A
 def _cut(chunk: int, *arrays_T: jax.Array) -> tuple[jax.Array, ...]:
     """[T, ...] -> [n, chunk, ...] each; the last array is the labels, whose padding is IGNORE."""
     T = arrays_T[0].shape[0]
-    chunk = min(chunk, T)
+    chunk = (
+        math.ceil(T / math.ceil(T / chunk)) if T else 1
+    )  # all of one size, with as little padding as that allows
     fills = (0,) * (len(arrays_T) - 1) + (IGNORE,)
 
     def cut(x, fill):

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtune.kernels.choice import choose
+from jaxtune.kernels.choice import Candidates, choose
 from jaxtune.kernels.nf4 import reference
 
-
-def implementation(requested: str | None = None) -> str:
-    return choose("nf4_matmul", requested, {"xla": None})
+NAME = "nf4_matmul"
+IMPLEMENTATIONS: Candidates = {"xla": None}
 
 
 class Packed(NamedTuple):
@@ -36,18 +35,25 @@ def dequantize(packed: Packed, *, shape: tuple[int, int], dtype: Any) -> jax.Arr
     return reference.dequantize(*packed, shape=shape, dtype=jnp.dtype(dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x: jax.Array, packed: Packed, shape: tuple[int, int]) -> jax.Array:
+def matmul(
+    x: jax.Array, packed: Packed, shape: tuple[int, int], *, implementation: str | None = None
+) -> jax.Array:
     """x [..., in] times an NF4 weight of `shape` (out, in) -> [..., out], in the dtype of x."""
+    choose(NAME, implementation, IMPLEMENTATIONS)
+    return _matmul(x, packed, shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x, packed, shape):
     return x @ dequantize(packed, shape=shape, dtype=x.dtype).T
 
 
 def _matmul_fwd(x, packed, shape):
-    return matmul(x, packed, shape), packed
+    return _matmul(x, packed, shape), packed
 
 
 def _matmul_bwd(shape, packed, dy):
     return dy @ dequantize(packed, shape=shape, dtype=dy.dtype), None
 
 
-matmul.defvjp(_matmul_fwd, _matmul_bwd)
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)

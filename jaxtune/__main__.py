@@ -1,0 +1,5 @@
+"""`python -m jaxtune` is `jaxtune`."""
+
+from jaxtune.cli.main import main
+
+main()
