@@ -152,10 +152,10 @@ def versions() -> dict[str, str]:
 
 def source() -> dict[str, Any]:
     """The commit, and whether anything but results differs from it. None where there is no git, as on a machine that
-    was handed only the files."""
+    was handed only the files (there JAXTUNE_COMMIT may name it)."""
     commit = output("git", "-C", str(ROOT), "rev-parse", "HEAD")
     if commit is None:
-        return {"commit": None, "dirty": None}
+        return {"commit": os.environ.get("JAXTUNE_COMMIT"), "dirty": None}
     changes = output("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {"commit": commit, "dirty": bool(changes)}
 

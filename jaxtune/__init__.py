@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from jaxtune.api import FastLanguageModel, LanguageModel
     from jaxtune.data.masking import train_on_responses_only
     from jaxtune.data.templates import get_chat_template
+    from jaxtune.rl import GRPOConfig, GRPOTrainer
     from jaxtune.training import SFTConfig, SFTTrainer
 
 _HOME = {
     "FastLanguageModel": "jaxtune.api",
     "LanguageModel": "jaxtune.api",
+    "GRPOConfig": "jaxtune.rl",
+    "GRPOTrainer": "jaxtune.rl",
     "SFTConfig": "jaxtune.training",
     "SFTTrainer": "jaxtune.training",
     "get_chat_template": "jaxtune.data.templates",
@@ -26,6 +29,8 @@ _HOME = {
 
 __all__ = [
     "FastLanguageModel",
+    "GRPOConfig",
+    "GRPOTrainer",
     "LanguageModel",
     "SFTConfig",
     "SFTTrainer",

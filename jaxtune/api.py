@@ -4,7 +4,7 @@ they return, with `generate`, `save_pretrained`, and underneath `params`, `lora`
 import dataclasses
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.compilation import enable_cache
-from jaxtune.errors import AdapterError, ModelNotFoundError, OptionError, UnsupportedModelError
+from jaxtune.errors import AdapterError, ModelNotFoundError, OptionError, UnsupportedModelError, nearest
 from jaxtune.export.adapter import save_adapter
+from jaxtune.export.gguf.folder import save_gguf
+from jaxtune.export.merged_folder import save_merged_16bit
 from jaxtune.inference.generate import generate
 from jaxtune.loading import adapter as adapters
 from jaxtune.loading.checkpoint import Checkpoint
@@ -71,6 +73,27 @@ _LORA_WITHOUT_EFFECT = {
     "use_dora": False,
     "max_seq_length": ANY,
     "temporary_location": ANY,
+}
+_MERGE_WITHOUT_EFFECT = {
+    "push_to_hub": False,
+    "safe_serialization": (True, None),
+    "is_main_process": True,
+    "state_dict": None,
+    "save_function": ANY,
+    "variant": None,
+    "private": ANY,
+    "tags": ANY,
+    "save_peft_format": ANY,
+    "temporary_location": ANY,
+    "maximum_memory_usage": ANY,
+}
+_GGUF_WITHOUT_EFFECT = {
+    **_MERGE_WITHOUT_EFFECT,
+    "max_shard_size": ANY,
+    "first_conversion": ANY,
+    "save_method": (None, "merged_16bit"),
+    "imatrix_file": None,
+    "merge_is_disposable": ANY,
 }
 
 
@@ -157,6 +180,58 @@ class LanguageModel:
             revision=self.revision,
             tokenizer=tokenizer,
         )
+
+    @mirrors(_MERGE_WITHOUT_EFFECT)
+    def save_pretrained_merged(
+        self,
+        save_directory: str | Path,
+        tokenizer: Any = None,
+        save_method: str = "merged_16bit",
+        max_shard_size: int | str = "5GB",
+        token: str | None = None,
+    ) -> None:
+        """Writes the original weights with the adapter merged in, as a Hugging Face folder; `save_method="lora"` writes
+        the adapter alone. What a 4-bit model was trained on differs from its merge by NF4's error."""
+        if save_method == "lora":
+            self.save_pretrained(save_directory, tokenizer)
+            return
+        if save_method != "merged_16bit":
+            raise OptionError(
+                f"save_method={save_method!r}.",
+                expected="merged_16bit or lora.",
+                fix=f"Leave save_method out.{nearest(str(save_method), ('merged_16bit', 'lora'))}",
+            )
+        save_merged_16bit(
+            save_directory,
+            resolve(self.name_or_path, revision=self.revision, token=token),
+            *self._adapter,
+            tokenizer=tokenizer,
+            max_shard_size=max_shard_size,
+        )
+
+    @mirrors(_GGUF_WITHOUT_EFFECT)
+    def save_pretrained_gguf(
+        self,
+        save_directory: str | Path,
+        tokenizer: Any = None,
+        quantization_method: str | Sequence[str] | None = "fast_quantized",
+        token: str | None = None,
+    ) -> list[Path]:
+        """Writes `<save_directory>_gguf/`: the merged model as GGUF, a file for each of f32, f16, bf16, q8_0 that was
+        asked for, and a Modelfile for Ollama. `tokenizer=None` is the one that was loaded with the model."""
+        return save_gguf(
+            save_directory,
+            resolve(self.name_or_path, revision=self.revision, token=token),
+            self.causal_lm.config,
+            *self._adapter,
+            tokenizer=self.tokenizer if tokenizer is None else tokenizer,
+            name=self.name_or_path,
+            quantization_method=quantization_method,
+        )
+
+    @property
+    def _adapter(self) -> tuple[Lora | None, LoraConfig | None, Callable[[names.Path], list[str]]]:
+        return self.lora, self.causal_lm.lora_config, self.module_names
 
     def module_names(self, path: names.Path) -> list[str]:
         """The Hugging Face name of each repeat of a stacked module."""

@@ -3,10 +3,11 @@ filled, then the two change places. A folder that holds somebody else's files is
 
 import contextlib
 import errno
+import fnmatch
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxtune.errors import OutputFolderError
@@ -16,9 +17,10 @@ OURS = ("adapter_config.json", "metrics.jsonl", "tokenizer_config.json")
 
 
 @contextlib.contextmanager
-def staged(target: str | Path, marker: str) -> Iterator[Path]:
+def staged(target: str | Path, marker: str, replaces: Sequence[str] = ()) -> Iterator[Path]:
     """A temporary folder to write into; on success it takes the target's place, with those of the target's files that
-    it does not replace. `marker` is the file by which a folder of this kind is known as ours."""
+    it does not replace: those of the same name, and those that the patterns in `replaces` match. `marker` is the file
+    by which a folder of this kind is known as ours."""
     target = Path(target)
     refuse_strangers(target, marker)
     try:
@@ -30,7 +32,7 @@ def staged(target: str | Path, marker: str) -> Iterator[Path]:
         yield stage
         os.chmod(stage, 0o777 & ~_umask())
         if target.exists():
-            _keep_others(target, stage)
+            _keep_others(target, stage, replaces)
             _swap(stage, target)
         else:
             os.rename(stage, target)
@@ -40,11 +42,22 @@ def staged(target: str | Path, marker: str) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _keep_others(target: Path, stage: Path) -> None:
+def _keep_others(target: Path, stage: Path, replaces: Sequence[str]) -> None:
     for entry in target.iterdir():
-        if not (stage / entry.name).exists():
-            copy = shutil.copytree if entry.is_dir() else shutil.copy2
-            copy(entry, stage / entry.name)
+        if (stage / entry.name).exists() or any(fnmatch.fnmatch(entry.name, each) for each in replaces):
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, stage / entry.name, copy_function=_link)
+        else:
+            _link(entry, stage / entry.name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """A second name for the same bytes, as gigabytes of weights need no copy; a copy where names cannot be shared."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _swap(stage: Path, target: Path) -> None:

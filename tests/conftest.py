@@ -3,6 +3,7 @@
 On a GPU: `JAX_PLATFORMS=cuda pytest -m gpu`.
 """
 
+import logging
 import os
 import shutil
 import tempfile
@@ -36,6 +37,14 @@ jax.config.update("jax_default_matmul_precision", "highest")  # comparisons see 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip(f"needs an NVIDIA GPU, and jax runs on {jax.default_backend()}: set JAX_PLATFORMS=cuda")
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_users_find_it():
+    """Loading and training switch jaxtune's messages on, for the whole process: not for the next test."""
+    logger = logging.getLogger("jaxtune")
+    logger.setLevel(logging.NOTSET)
+    logger.handlers.clear()
 
 
 def pytest_unconfigure() -> None:

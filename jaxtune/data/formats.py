@@ -171,7 +171,9 @@ def _refuse(reading: Reading, data: str, *options: str) -> None:
 
 def _no_known_column(columns: list[str], text_field: str) -> DatasetError:
     wanted = dict.fromkeys([text_field, "text", "messages", "prompt", "completion", "input_ids"])
-    hint = next((hint for column in columns if (hint := nearest(column, wanted))), "")
+    # A column that was named by hand was mistyped there; otherwise it is the dataset's columns that are.
+    pairs = [(text_field, columns)] if text_field != "text" else [(column, wanted) for column in columns]
+    hint = next((hint for name, known in pairs if (hint := nearest(name, known))), "")
     return DatasetError(
         f"the dataset has the columns {columns}: no {text_field!r}, and no other form that is known.",
         expected=f"{KNOWN_FORMS}.",

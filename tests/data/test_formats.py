@@ -317,7 +317,7 @@ class TestErrors:
     def test_no_known_column(self, tokenizer):
         with pytest.raises(DatasetError, match=r"columns \['mesages', 'id'\]") as error:
             prepare([{"mesages": CHAT, "id": 1}], tokenizer, max_length=99)
-        assert "Did you mean 'mesages'" in error.value.fix
+        assert "Did you mean 'messages'" in error.value.fix
 
     def test_a_text_field_that_is_not_there(self, tokenizer):
         with pytest.raises(DatasetError, match="no 'bdy'") as error:

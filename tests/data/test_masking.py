@@ -215,7 +215,9 @@ class TestTrainer:
         tokenizer = get_chat_template(chatml_tokenizer(), "chatml")
         trainer = trainer_on([{"messages": CHAT}], tokenizer, eval_rows=[{"text": "plain text"}])
         before = trainer.samples
-        with pytest.raises(DatasetError, match="no eval_samples has anything to train on") as error:
+        with pytest.raises(
+            DatasetError, match="none of the trainer's eval_samples has anything to train on"
+        ) as error:
             train_on_responses_only(trainer)
         assert "plain text" in error.value.expected
         assert trainer.samples is before

@@ -102,10 +102,10 @@ def test_stops_at_eos_and_pads(both, prompts):
 def test_stops_where_the_tokenizer_now_ends(both):
     """A chat template gives the tokenizer another end of turn after the model was loaded: the model follows."""
     ours = dataclasses.replace(both[0], tokenizer=models.fresh_tokenizer())
-    free = ours.generate([7, 8, 9], max_new_tokens=12, eos_token_id=-1)[0, 3:].tolist()
-    token = next(token for token in free if token != free[0])
+    free = ours.generate([7, 8, 9], max_new_tokens=40, eos_token_id=-1)[0, 3:].tolist()
+    token = next(token for token in free if token != free[0] and token < len(ours.tokenizer))
     ours.tokenizer.eos_token = ours.tokenizer.convert_ids_to_tokens(token)
-    stopped = ours.generate([7, 8, 9], max_new_tokens=12)[0, 3:].tolist()
+    stopped = ours.generate([7, 8, 9], max_new_tokens=40)[0, 3:].tolist()
     assert stopped == free[: free.index(token) + 1]
 
 

@@ -1,0 +1,139 @@
+"""A merged model as GGUF files with a Modelfile, straight from the original checkpoint: no merged folder in between.
+
+The folder is `<name>_gguf/`, a file in it `<model>.<METHOD>.gguf`, as Unsloth's users expect them.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from jaxtune.errors import OptionError, nearest
+from jaxtune.export.gguf import tensors
+from jaxtune.export.gguf.quants import TensorType, encode
+from jaxtune.export.gguf.vocab import vocabulary
+from jaxtune.export.gguf.writer import TensorInfo, write_gguf
+from jaxtune.export.merge import MergedCheckpoint
+from jaxtune.export.ollama import MODELFILE, modelfile
+from jaxtune.folders import staged
+from jaxtune.loading.checkpoint import Checkpoint
+from jaxtune.lora.config import LoraConfig
+from jaxtune.lora.peft_format import ModuleNames
+from jaxtune.lora.tree import Tree
+from jaxtune.models.config import ModelConfig
+
+
+class _Method(NamedTuple):
+    matrices: TensorType
+    file_type: int
+    """`general.file_type`."""
+
+
+METHODS = {
+    "f32": _Method(TensorType.F32, 0),
+    "f16": _Method(TensorType.F16, 1),
+    "bf16": _Method(TensorType.BF16, 32),
+    "q8_0": _Method(TensorType.Q8_0, 7),
+}
+ALIASES = {"fast_quantized": "q8_0"}
+AS_STORED = "not_quantized"
+"""16 bits, of the kind that the checkpoint stores."""
+_QUANTIZATION_VERSION = 2
+
+
+def save_gguf(
+    folder: str | Path,
+    base: Path,
+    config: ModelConfig,
+    lora: Tree | None,
+    lora_config: LoraConfig | None,
+    module_names: ModuleNames,
+    *,
+    tokenizer: Any,
+    name: str,
+    quantization_method: str | Sequence[str] | None = "fast_quantized",
+) -> list[Path]:
+    """Writes `<folder>_gguf/`: a file for each method, and a Modelfile for the first. `name` is what the model is
+    called: its hub id, say, of which files take the last part. Gives the paths of the files."""
+    given = _methods(quantization_method)
+    folder = Path(f"{Path(folder)}_gguf")
+    title = Path(name).name or "model"
+    with Checkpoint(base) as checkpoint:
+        merged = MergedCheckpoint.of(checkpoint, lora, lora_config, module_names)
+        methods = list(dict.fromkeys(_resolve(method, merged) for method in given))
+        files = [f"{title}.{method.upper()}.gguf" for method in methods]
+        words = vocabulary(tokenizer, config.vocab_size)
+        names = tensors.gguf_names(config, merged.names, base)
+        with staged(folder, marker=MODELFILE) as stage:
+            for file, method in zip(files, methods, strict=True):
+                _write(stage / file, merged, config, names, words, METHODS[method], title)
+            (stage / MODELFILE).write_text(modelfile(files[0], tokenizer), encoding="utf-8")
+    return [folder / file for file in files]
+
+
+def _methods(given: str | Sequence[str] | None) -> list[str]:
+    """The list of what was asked for, every name known; None is the default, as in Unsloth."""
+    known = [*METHODS, *ALIASES, AS_STORED]
+    methods = [given] if isinstance(given, str) else ["fast_quantized"] if given is None else list(given)
+    if not methods:
+        raise OptionError(
+            "quantization_method is an empty list.",
+            expected=f"some of {', '.join(known)}.",
+            fix="Leave it out for q8_0.",
+        )
+    for method in methods:
+        if method not in known:
+            raise OptionError(
+                f"quantization_method={method!r}.",
+                expected=f"one of {', '.join(known)}, or a list of them.",
+                fix="Use one of these." + nearest(str(method), known),
+            )
+    return methods
+
+
+def _resolve(method: str, merged: MergedCheckpoint) -> str:
+    if method != AS_STORED:
+        return ALIASES.get(method, method)
+    # float32 becomes f16, which is eight times as precise as bf16; what it cannot hold raises.
+    return "bf16" if any(merged.dtype(name) == ml_dtypes.bfloat16 for name in merged.names) else "f16"
+
+
+def _write(
+    path: Path,
+    merged: MergedCheckpoint,
+    config: ModelConfig,
+    names: dict[str, str],
+    words: dict[str, Any],
+    method: _Method,
+    title: str,
+) -> None:
+    numbers = sum(int(np.prod(merged.shape(name), dtype=np.int64)) for name in names.values())
+    metadata = {
+        "general.architecture": "llama",
+        "general.type": "model",
+        "general.name": title,
+        "general.size_label": size_label(numbers),
+        "general.file_type": np.uint32(method.file_type),
+        "general.quantization_version": np.uint32(_QUANTIZATION_VERSION),
+        **tensors.settings(config),
+        **words,
+    }
+    infos = list(tensors.file_tensors(config, names, lambda name: merged.shape(names[name]), method.matrices))
+
+    def encoded(info: TensorInfo) -> np.ndarray:
+        if info.name == tensors.ROPE_FACTORS:
+            return encode(tensors.rope_factors(config), info.type, info.name)
+        array = tensors.reorder(config, info.name, merged.read(names[info.name]))
+        return encode(array, info.type, info.name)
+
+    write_gguf(path, metadata, infos, encoded)
+
+
+def size_label(numbers: int) -> str:
+    """8030261248 -> "8.0B"; 70553706496 -> "71B"; 134515008 -> "135M"."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if numbers >= size:
+            return f"{numbers / size:.{1 if numbers < 10 * size else 0}f}{unit}"
+    return f"{numbers / 1e3:.0f}K"

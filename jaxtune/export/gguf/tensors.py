@@ -1,0 +1,119 @@
+"""A Llama's weights as llama.cpp names and orders them, and the settings that it reads beside them.
+
+llama.cpp turns neighbouring pairs (2i, 2i + 1) where Hugging Face's Llama turns (i, i + D/2): the rows of q and k
+change places for it. Llama 3's stretched wavelengths travel as a tensor of factors, `rope_freqs.weight`.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxtune.errors import CheckpointError
+from jaxtune.export.gguf.quants import Q8_BLOCK, TensorType
+from jaxtune.export.gguf.writer import TensorInfo
+from jaxtune.models.config import ModelConfig
+from jaxtune.models.rope import frequencies
+
+ROPE_FACTORS = "rope_freqs.weight"
+_OUTSIDE = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_INSIDE = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
+
+
+def settings(c: ModelConfig) -> dict[str, Any]:
+    """The key/values of `general.architecture` "llama"."""
+    return {
+        "llama.block_count": np.uint32(c.num_layers),
+        "llama.context_length": np.uint32(c.max_position),
+        "llama.embedding_length": np.uint32(c.hidden_size),
+        "llama.feed_forward_length": np.uint32(c.intermediate_size),
+        "llama.attention.head_count": np.uint32(c.num_heads),
+        "llama.attention.head_count_kv": np.uint32(c.num_kv_heads),
+        "llama.attention.key_length": np.uint32(c.head_dim),
+        "llama.attention.value_length": np.uint32(c.head_dim),
+        "llama.attention.layer_norm_rms_epsilon": np.float32(c.rms_norm_eps),
+        "llama.rope.dimension_count": np.uint32(c.head_dim),
+        "llama.rope.freq_base": np.float32(c.rope.theta),
+        "llama.vocab_size": np.uint32(c.vocab_size),
+    }
+
+
+def gguf_names(c: ModelConfig, hf_names: Iterable[str], source: object) -> dict[str, str]:
+    """GGUF name -> Hugging Face name, in the file's order."""
+    renamed = {}
+    for name in hf_names:
+        # A tied head is the embedding; some checkpoints of Llama 2 store the frequencies, which the config gives.
+        if (name == "lm_head.weight" and c.tie_word_embeddings) or name.endswith("rotary_emb.inv_freq"):
+            continue
+        renamed[_gguf_name(name, source)] = name
+    return dict(sorted(renamed.items(), key=lambda item: _place(item[0])))
+
+
+def file_tensors(
+    c: ModelConfig,
+    names: Iterable[str],
+    shape: Callable[[str], tuple[int, ...]],
+    kind: TensorType,
+) -> Iterator[TensorInfo]:
+    """What a file whose matrices are of type `kind` holds; `shape(name)` is asked for each of `names`."""
+    if c.rope.kind != "default":
+        yield TensorInfo(ROPE_FACTORS, (c.head_dim // 2,), TensorType.F32)
+    for name in names:
+        yield TensorInfo(name, shape(name), tensor_type(name, shape(name), kind))
+
+
+def tensor_type(name: str, shape: tuple[int, ...], kind: TensorType) -> TensorType:
+    """Vectors stay in float32; rows that blocks of 32 do not fill are float16."""
+    if len(shape) < 2 or name.endswith("_norm.weight") or not name.endswith(".weight"):
+        return TensorType.F32
+    return TensorType.F16 if kind is TensorType.Q8_0 and shape[-1] % Q8_BLOCK else kind
+
+
+def reorder(c: ModelConfig, name: str, array: np.ndarray) -> np.ndarray:
+    """Rows of q and k, and their biases, in llama.cpp's order; anything else as it is."""
+    heads = {"attn_q": c.num_heads, "attn_k": c.num_kv_heads}.get(name.split(".")[-2])
+    if heads is None:
+        return array
+    halves = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
+    return halves.swapaxes(1, 2).reshape(array.shape)
+
+
+def rope_factors(c: ModelConfig) -> np.ndarray:
+    """By how much each frequency is slowed, float32 [head_dim / 2]."""
+    plain = dataclasses.replace(c.rope, kind="default")
+    return frequencies(plain, c.head_dim) / frequencies(c.rope, c.head_dim)
+
+
+def _gguf_name(name: str, source: object) -> str:
+    if name in _OUTSIDE:
+        return _OUTSIDE[name]
+    if (found := _LAYER.fullmatch(name)) and found[2] in _INSIDE:
+        return f"blk.{found[1]}.{_INSIDE[found[2]]}.{found[3]}"
+    raise CheckpointError(
+        f"{source} holds {name}, which has no place in a GGUF of this architecture.",
+        expected="the weights of a Llama.",
+        fix="Remove that tensor from the checkpoint if it is left over from another model.",
+    )
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Outside the layers first, then block by block."""
+    first, _, rest = name.partition(".")
+    return (int(rest.split(".")[0]), name) if first == "blk" else (-1, name)

@@ -1,0 +1,141 @@
+"""A byte-level BPE tokenizer as GGUF key/values: tokens, their types, merges, special ids, the chat template.
+
+The source of truth is what the loaded tokenizer would save as tokenizer.json, and what it does to a text. Anything that
+llama.cpp would do differently raises: a file that tokenises another way than the model was trained is worse than none.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+from tokenizers import models
+
+from jaxtune.data.encoding import prefix_ids
+from jaxtune.data.templates import template_of
+from jaxtune.errors import UnsupportedModelError
+from jaxtune.export.gguf import pretokenizers
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+"""Kinds of tokens, by their numbers in the file. Control tokens are never read out of a user's text."""
+
+
+def vocabulary(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
+    """The `tokenizer.*` key/values of a `vocab_size`-row model; ids without a token become unused ones."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    spec = json.loads(backend.to_str()) if backend is not None else {}
+    bpe = spec.get("model") or {}
+    _require_byte_level_bpe(spec, bpe)
+    assert backend is not None
+    pre = pretokenizers.recognise(backend.pre_tokenizer)
+    added = spec.get("added_tokens") or []
+    _require_same_use_of_merges(bpe, added, pre)
+    tokens, types = _tokens(bpe, added, vocab_size)
+    found: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": np.asarray(types, np.int32),
+        "tokenizer.ggml.merges": [" ".join(_pair(merge)) for merge in bpe["merges"]],
+        **_special_ids(tokenizer),
+        **_added_around(tokenizer),
+    }
+    if isinstance(tokenizer.chat_template, str):
+        found["tokenizer.chat_template"] = tokenizer.chat_template
+    return found
+
+
+def _require_byte_level_bpe(spec: dict[str, Any], bpe: dict[str, Any]) -> None:
+    changed = [
+        name
+        for name in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout")
+        if bpe.get(name)
+    ]
+    wrong = (
+        f"is of type {bpe.get('type', 'unknown')!r}, not BPE" if bpe.get("type") != "BPE"
+        else f"sets {', '.join(changed)}" if changed
+        else f"normalises text ({spec['normalizer']['type']})" if spec.get("normalizer")
+        else None
+    )  # fmt: skip
+    if wrong:
+        raise UnsupportedModelError(
+            f"The tokenizer {wrong}.",
+            expected="a byte-level BPE such as Llama 3's: this version writes no other into a GGUF.",
+            fix="Save the merged 16-bit model instead, and convert it with llama.cpp's own converter.",
+        )
+
+
+def _require_same_use_of_merges(bpe: dict[str, Any], added: list[dict[str, Any]], pre: str) -> None:
+    """`ignore_merges` decides only where a token cannot be reached by merges; usually there is none."""
+    if bool(bpe.get("ignore_merges")) == (pre in pretokenizers.IGNORES_MERGES):
+        return
+    merging = models.BPE(vocab=bpe["vocab"], merges=[_pair(merge) for merge in bpe["merges"]])
+    whole = {token["content"] for token in added}  # found in a text before it is cut into words
+    unreached = [
+        token
+        for token in bpe["vocab"]
+        if token not in whole and [piece.value for piece in merging.tokenize(token)] != [token]
+    ]
+    if unreached:
+        raise UnsupportedModelError(
+            f"The tokenizer's ignore_merges={bool(bpe.get('ignore_merges'))} matters for {len(unreached)} tokens, "
+            f"such as {unreached[0]!r}, and llama.cpp's {pre!r} sets it the other way.",
+            expected="tokens that merges lead to.",
+            fix="Save the merged 16-bit model instead, and convert it with llama.cpp's own converter.",
+        )
+
+
+def _pair(merge: list[str] | str) -> tuple[str, str]:
+    """Older files have the two in one string."""
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
+
+
+def _tokens(bpe: dict[str, Any], added: list[dict[str, Any]], vocab_size: int) -> tuple[list[str], list[int]]:
+    ids = [*bpe["vocab"].values(), *(token["id"] for token in added)]
+    if max(ids) >= vocab_size:
+        raise UnsupportedModelError(
+            f"The tokenizer has a token of id {max(ids)}, and the model embeds {vocab_size}.",
+            expected="a tokenizer whose tokens the model knows.",
+            fix="Export with the tokenizer that the model was trained with.",
+        )
+    tokens, types = [f"[PAD{n}]" for n in range(vocab_size)], [UNUSED] * vocab_size
+    for text, n in bpe["vocab"].items():
+        tokens[n], types[n] = text, NORMAL
+    for token in added:
+        n, text = token["id"], token["content"]
+        tokens[n] = text
+        types[n] = CONTROL if token["special"] or _looks_special(text) else USER_DEFINED
+    return tokens, types
+
+
+def _looks_special(text: str) -> bool:
+    """Tokens that structure a chat, which some models' files do not mark as special."""
+    return text.startswith(("<|", "<｜")) and text.endswith(("|>", "｜>"))
+
+
+def _special_ids(tokenizer: Any) -> dict[str, Any]:
+    template = template_of(tokenizer)
+    ids = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "unknown": tokenizer.unk_token_id,
+        "padding": tokenizer.pad_token_id,
+    }
+    if template is not None:
+        # What ends a turn, where that is not what ends a text: generation has to stop at both.
+        stop = tokenizer.convert_tokens_to_ids(template.stop_token)
+        ids["eot"] = stop if stop not in (tokenizer.unk_token_id, tokenizer.eos_token_id) else None
+    return {f"tokenizer.ggml.{name}_token_id": np.uint32(n) for name, n in ids.items() if n is not None}
+
+
+def _added_around(tokenizer: Any) -> dict[str, Any]:
+    before = prefix_ids(tokenizer)
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    after = tokenizer("a")["input_ids"][len(before) + len(bare) :]
+    if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id]):
+        raise UnsupportedModelError(
+            f"The tokenizer puts the tokens {before} before a text and {after} after it.",
+            expected="its bos token or nothing before, its eos token or nothing after: GGUF can say no more.",
+            fix="Set the tokenizer's bos_token and eos_token to the tokens that it adds.",
+        )
+    return {"tokenizer.ggml.add_bos_token": bool(before), "tokenizer.ggml.add_eos_token": bool(after)}

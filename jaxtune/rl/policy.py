@@ -1,0 +1,86 @@
+"""The policy's log-probabilities without its logits, and GRPO's loss, as functions of (lora, params, batch).
+
+Shapes: R rows of L tokens, M model width; [A, R, L] is a whole step's micro-batches.
+"""
+
+from collections.abc import Callable
+
+import jax
+from jax import lax
+
+from jaxtune.kernels.linear_cross_entropy import linear_cross_entropy
+from jaxtune.models.causal_lm import CausalLM, Lora, Params
+from jaxtune.models.decoder import Remat
+from jaxtune.rl.losses import policy_terms
+from jaxtune.training.losses import MicroBatch
+
+LogProbs = Callable[[Lora | None, Params, MicroBatch], jax.Array]
+"""float32 [R, L]: log p(label) of every token that has one, 0 of the others. `lora=None` is the reference."""
+
+LossAndSums = Callable[[Lora | None, Params, MicroBatch], tuple[jax.Array, dict[str, jax.Array]]]
+"""Sums over a micro-batch's trained tokens: the loss, and what is worth watching. The step divides both by the number
+of trained tokens in the whole batch."""
+
+
+def log_probs(model: CausalLM, temperature: float = 1.0, remat: Remat | None = None) -> LogProbs:
+    """By the op that SFT's loss is made of: logits exist for a chunk of tokens at a time."""
+
+    def of_labels(lora: Lora | None, params: Params, batch: MicroBatch) -> jax.Array:
+        hidden_RLM, _ = model.hidden(
+            params,
+            lora,
+            batch["tokens"],
+            segments_BT=batch["segment_ids"],
+            positions_BT=batch["positions"],
+            remat=remat,
+        )
+        hidden_TM = hidden_RLM.reshape(-1, hidden_RLM.shape[-1])
+        if temperature != 1.0:
+            hidden_TM = hidden_TM / temperature  # and so the logits
+        head_VM = model.head(params).astype(hidden_TM.dtype)
+        nll_T = linear_cross_entropy(hidden_TM, head_VM, batch["labels"].reshape(-1))
+        return -nll_T.reshape(batch["labels"].shape)
+
+    return of_labels
+
+
+def of_all_micro_batches(function: LogProbs) -> LogProbs:
+    """The same for a whole batch [A, R, L], one micro-batch after the other, compiled."""
+    return jax.jit(lambda lora, params, batch: lax.map(lambda micro: function(lora, params, micro), batch))
+
+
+def grpo_loss(
+    function: LogProbs,
+    *,
+    epsilon: float,
+    epsilon_high: float | None,
+    beta: float,
+    use_bias_correction_kl: bool,
+) -> LossAndSums:
+    """The batch has, besides what SFT's has, `advantages` and `weights` (see `losses.sequence_weights`), and may have
+    `old_logps` (without them the policy is taken to be the one that sampled) and `ref_logps`: float32 [R, L]."""
+
+    def loss(lora: Lora | None, params: Params, batch: MicroBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logps_RL = function(lora, params, batch)
+        ref_logps_RL = batch.get("ref_logps")
+        terms = policy_terms(
+            logps_RL,
+            batch.get("old_logps", lax.stop_gradient(logps_RL)),
+            batch["advantages"],
+            epsilon=epsilon,
+            epsilon_high=epsilon_high,
+            ref_logps=ref_logps_RL,
+            beta=beta,
+            use_bias_correction_kl=use_bias_correction_kl,
+        )
+        sums = {
+            "entropy": -logps_RL.sum(),  # of sampled tokens: an estimate that needs no logits
+            "clip_ratio/low_mean": terms.clipped_low.sum(),
+            "clip_ratio/high_mean": terms.clipped_high.sum(),
+            "clip_ratio/region_mean": (terms.clipped_low + terms.clipped_high).sum(),
+        }
+        if ref_logps_RL is not None:
+            sums["kl"] = terms.kl.sum()
+        return (batch["weights"] * terms.loss).sum(), sums
+
+    return loss

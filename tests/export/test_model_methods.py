@@ -1,0 +1,64 @@
+"""Export through the names that users know, from a model that was trained in 4 bits."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from jaxtune import FastLanguageModel
+from jaxtune.errors import ModelNotFoundError, OptionError
+from tests.kit import models
+from tests.kit.compare import assert_close, relative_rms
+
+IDS = np.random.default_rng(0).integers(5, 300, (1, 20)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A 4-bit model with an adapter that is awake, and the 16-bit base it came from."""
+    folder = models.save(models.random_llama(), tmp_path_factory.mktemp("methods") / "base")
+    model, _ = FastLanguageModel.from_pretrained(folder, dtype="float32")
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    rng = np.random.default_rng(1)
+    model.lora = jax.tree.map(
+        lambda x: x + 0.05 * rng.standard_normal(x.shape).astype(np.float32), model.lora
+    )
+    return model, FastLanguageModel.from_pretrained(folder, dtype="float32", load_in_4bit=False)[0]
+
+
+def test_merged_is_the_original_base_plus_the_adapter(trained, tmp_path):
+    """Not the 4-bit base: that differs, and the test would see it."""
+    model, base = trained
+    model.save_pretrained_merged(tmp_path / "merged", models.tokenizer())
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        logits = theirs(torch.from_numpy(IDS).long()).logits.numpy()
+    assert_close(logits, model.causal_lm.apply(base.params, model.lora, IDS), 1e-4)
+    assert relative_rms(logits, model.apply(model.params, model.lora, IDS)) > 1e-2
+
+
+def test_gguf_and_modelfile(trained, tmp_path):
+    files = trained[0].save_pretrained_gguf(tmp_path / "model", quantization_method=["q8_0", "f32"])
+    assert all(file.is_file() for file in files)
+    assert {file.suffix for file in files} >= {".gguf"}
+    assert (tmp_path / "model_gguf" / "Modelfile").is_file()
+
+
+def test_the_adapter_alone(trained, tmp_path):
+    trained[0].save_pretrained_merged(tmp_path / "lora", save_method="lora")
+    assert (tmp_path / "lora" / "adapter_config.json").is_file()
+
+
+def test_a_base_that_is_gone(trained, tmp_path):
+    import dataclasses
+
+    lost = dataclasses.replace(trained[0], name_or_path=str(tmp_path / "moved"))
+    with pytest.raises(ModelNotFoundError, match="moved"):
+        lost.save_pretrained_merged(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_method(trained, tmp_path):
+    with pytest.raises(OptionError, match="'merged_16bit'"):
+        trained[0].save_pretrained_merged(tmp_path / "out", save_method="merged_16bits")
