@@ -1,5 +1,8 @@
 """`python -m jaxtune` is `jaxtune`."""
 
+import sys
+
 from jaxtune.cli.main import main
 
-main()
+if __name__ == "__main__":
+    sys.exit(main())

@@ -76,7 +76,7 @@ model, tokenizer = FastLanguageModel.from_pretrained({str(tmp_path / "base")!r})
 model = FastLanguageModel.get_peft_model(model, r=4)
 tokenizer = get_chat_template(tokenizer, "chatml")
 rows = [{{"messages": [{{"role": "user", "content": "a"}}, {{"role": "assistant", "content": "b"}}]}}]
-result = SFTTrainer(model, SFTConfig(max_steps=1), rows, tokenizer=tokenizer).train()
+result = SFTTrainer(model, SFTConfig(max_steps=1), train_dataset=rows, tokenizer=tokenizer).train()
 model.save_pretrained({str(tmp_path / "adapter")!r}, tokenizer)
 again, _ = FastLanguageModel.from_pretrained({str(tmp_path / "adapter")!r})
 assert (again.generate([[5, 6]], max_new_tokens=4) == model.generate([[5, 6]], max_new_tokens=4)).all()

@@ -48,7 +48,7 @@ def _pre_tokenizer(kind: str) -> pre_tokenizers.PreTokenizer:
     if kind == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
     return pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(LLAMA_3), "isolated"),
+        pre_tokenizers.Split(Regex(LLAMA_3.replace("{1,3}", "") if kind == "qwen2" else LLAMA_3), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
 

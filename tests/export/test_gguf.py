@@ -73,7 +73,7 @@ def test_the_comparison_sees_a_mistake(llama_3, tmp_path, monkeypatch, mistake):
     assert distance(llama_3, file) > 0.05
 
 
-@pytest.mark.parametrize("kind", ["gpt-2", "llama-bpe", "smollm"])
+@pytest.mark.parametrize("kind", ["gpt-2", "llama-bpe", "qwen2", "smollm"])
 def test_llama_cpp_cuts_texts_as_the_tokenizer_does(tmp_path, kind):
     adapted = Adapted(tmp_path, adapter=False, vocab_size=VOCAB, num_hidden_layers=1)
     tokenizer = byte_level(kind)

@@ -36,6 +36,7 @@ def _known() -> dict[str, pre_tokenizers.PreTokenizer]:
     words = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
     return {
         "llama-bpe": _by(rf"{words}|\p{{N}}{{1,3}}|{_TAIL}"),
+        "qwen2": _by(rf"{words}|\p{{N}}|{_TAIL}"),
         "gpt-2": plain,
         "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain]),
     }
