@@ -211,9 +211,12 @@ def test_a_rank_that_is_none(model, r):
         FastLanguageModel.get_peft_model(model, r=r)
 
 
-def test_targets_that_match_nothing(model):
-    with fails(errors.AdapterError, "query_proj", "q_proj"):
-        FastLanguageModel.get_peft_model(model, target_modules=["query_proj"])
+@pytest.mark.parametrize(
+    "targets", [["query_proj"], "query_proj", []], ids=["a list", "a regex", "none at all"]
+)
+def test_targets_that_match_nothing(model, targets):
+    with fails(errors.AdapterError, "".join(targets), "q_proj"):
+        FastLanguageModel.get_peft_model(model, target_modules=targets)
 
 
 def test_one_target_among_others_that_matches_nothing(model):

@@ -1,6 +1,5 @@
 """What comes with the package: a very small model that answers in a narrow world (tiny/, made by
-scripts/pretrain_tiny.py), and additions for it (made by
-scripts/make_addition.py)."""
+scripts/pretrain_tiny.py), and additions for it (made by scripts/make_addition.py)."""
 
 import json
 from pathlib import Path

@@ -48,7 +48,9 @@ def init(
             jax.random.fold_in(key, n), (repeats, config.r, inn), jnp.float32, -bound, bound
         )
         insert(adapter, path, {"a": a, "b": jnp.zeros((repeats, out, config.r), jnp.float32)})
-    targets = (config.target_modules,) if isinstance(config.target_modules, str) else config.target_modules
+    targets = (
+        (config.target_modules,) if isinstance(config.target_modules, str) else config.target_modules or ("",)
+    )
     found = {path[-1] for path, _ in modules(adapter)}
     idle = [
         name for name in targets if not adapter or (len(targets) > 1 and name.split(".")[-1] not in found)
