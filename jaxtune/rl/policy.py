@@ -8,11 +8,10 @@ from collections.abc import Callable
 import jax
 from jax import lax
 
-from jaxtune.kernels.linear_cross_entropy import linear_cross_entropy
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.models.decoder import Remat
 from jaxtune.rl.losses import policy_terms
-from jaxtune.training.losses import MicroBatch
+from jaxtune.training.losses import MicroBatch, label_nll
 
 LogProbs = Callable[[Lora | None, Params, MicroBatch], jax.Array]
 """float32 [R, L]: log p(label) of every token that has one, 0 of the others. `lora=None` is the reference."""
@@ -23,25 +22,9 @@ of trained tokens in the whole batch."""
 
 
 def log_probs(model: CausalLM, temperature: float = 1.0, remat: Remat | None = None) -> LogProbs:
-    """By the op that SFT's loss is made of: logits exist for a chunk of tokens at a time."""
-
-    def of_labels(lora: Lora | None, params: Params, batch: MicroBatch) -> jax.Array:
-        hidden_RLM, _ = model.hidden(
-            params,
-            lora,
-            batch["tokens"],
-            segments_BT=batch["segment_ids"],
-            positions_BT=batch["positions"],
-            remat=remat,
-        )
-        hidden_TM = hidden_RLM.reshape(-1, hidden_RLM.shape[-1])
-        if temperature != 1.0:
-            hidden_TM = hidden_TM / temperature  # and so the logits
-        head_VM = model.head(params).astype(hidden_TM.dtype)
-        nll_T = linear_cross_entropy(hidden_TM, head_VM, batch["labels"].reshape(-1))
-        return -nll_T.reshape(batch["labels"].shape)
-
-    return of_labels
+    """By the function that SFT's loss is the sum of."""
+    nll = label_nll(model, remat, temperature)
+    return lambda lora, params, batch: -nll(lora, params, batch).reshape(batch["labels"].shape)
 
 
 def of_all_micro_batches(function: LogProbs) -> LogProbs:

@@ -17,10 +17,13 @@ Loss = Callable[[Lora | None, Params, MicroBatch], jax.Array]
 """The sum over a micro-batch's trained tokens. The step divides by their number in the whole batch."""
 
 
-def next_token_loss(model: CausalLM, remat: Remat | None = None) -> Loss:
-    """The sum of -log p(label) over the tokens that have a label, as a function of (lora, params, batch)."""
+def label_nll(
+    model: CausalLM, remat: Remat | None = None, temperature: float = 1.0
+) -> Callable[[Lora | None, Params, MicroBatch], jax.Array]:
+    """-log p(label) of every token of a micro-batch, float32 [R * L], 0 where there is no label, as a function of
+    (lora, params, batch). Logits exist for a chunk of tokens at a time."""
 
-    def loss(lora: Lora | None, params: Params, batch: MicroBatch) -> jax.Array:
+    def nll(lora: Lora | None, params: Params, batch: MicroBatch) -> jax.Array:
         hidden_RLM, _ = model.hidden(
             params,
             lora,
@@ -30,10 +33,18 @@ def next_token_loss(model: CausalLM, remat: Remat | None = None) -> Loss:
             remat=remat,
         )
         hidden_TM = hidden_RLM.reshape(-1, hidden_RLM.shape[-1])
+        if temperature != 1.0:
+            hidden_TM = hidden_TM / temperature  # and so the logits
         head_VM = model.head(params).astype(hidden_TM.dtype)
-        return linear_cross_entropy(hidden_TM, head_VM, batch["labels"].reshape(-1)).sum()
+        return linear_cross_entropy(hidden_TM, head_VM, batch["labels"].reshape(-1))
 
-    return loss
+    return nll
+
+
+def next_token_loss(model: CausalLM, remat: Remat | None = None) -> Loss:
+    """The sum of -log p(label) over the tokens that have a label, as a function of (lora, params, batch)."""
+    nll = label_nll(model, remat)
+    return lambda lora, params, batch: nll(lora, params, batch).sum()
 
 
 def trained_tokens(batch: MicroBatch) -> jax.Array:
