@@ -17,7 +17,7 @@ from jaxtune.errors import AdapterError, ModelNotFoundError, OptionError, Unsupp
 from jaxtune.export.adapter import save_adapter
 from jaxtune.export.gguf.folder import save_gguf
 from jaxtune.export.merged_folder import save_merged_16bit
-from jaxtune.inference.generate import generate
+from jaxtune.inference.generate import ends, generate
 from jaxtune.loading import adapter as adapters
 from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.loading.config import read_config
@@ -144,7 +144,11 @@ class LanguageModel:
                 expected="a 0 or 1 for every id.",
                 fix="Pass both as the tokenizer returned them.",
             )
-        stops = self._stops() if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
+        stops = (
+            ends(self.stop_ids, self.tokenizer)
+            if eos_token_id is None
+            else np.atleast_1d(eos_token_id).tolist()
+        )
         new = generate(
             self.causal_lm,
             self.params,
@@ -251,11 +255,6 @@ class LanguageModel:
         return (
             f"LanguageModel({self.name_or_path!r}, {c.num_layers} layers of width {c.hidden_size}, {adapter})"
         )
-
-    def _stops(self) -> tuple[int, ...]:
-        """A chat template may have given the tokenizer another end of turn since the model was loaded."""
-        eos = getattr(self.tokenizer, "eos_token_id", None)
-        return tuple(dict.fromkeys((*self.stop_ids, *(() if eos is None else (eos,)))))
 
     def _pad_id(self, stops: Sequence[int]) -> int:
         pad = getattr(self.tokenizer, "pad_token_id", None)

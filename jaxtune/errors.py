@@ -57,6 +57,11 @@ class TrainingError(JaxtuneError):
     """A run that cannot go on: a loss that is not finite, a batch that cannot be formed."""
 
 
+class RewardError(TrainingError):
+    """A reward function that raised, whose result is not one number (or None) for each completion, or that had nothing
+    to say about any of them."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x' or 'y'?"` for a mistyped name, or an empty string. Goes at the end of a `fix`."""
     close = difflib.get_close_matches(name, list(known), n=3)

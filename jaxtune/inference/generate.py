@@ -7,6 +7,7 @@ Shapes: B rows, P prompt columns (left-padded), N columns for new tokens, V voca
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +101,13 @@ def _generate(model, greedy, N, limit, params, lora, tokens_BP, mask_BP, stop_id
     state = (jnp.int32(1), first_B, *emit(0, first_B, *nothing), cache)
     _, _, out_BN, count_B, _, _ = lax.while_loop(going_on, turn, state)
     return out_BN, count_B
+
+
+def ends(stop_ids: Sequence[int], tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end a generation: the model's, and the tokenizer's end token as it is now, since a chat template
+    may have given it another one."""
+    eos = getattr(tokenizer, "eos_token_id", None)
+    return tuple(dict.fromkeys((*stop_ids, *(() if eos is None else (int(eos),)))))
 
 
 def _check(

@@ -1,21 +1,16 @@
-"""GRPOConfig: the settings of a GRPO run, under TRL's names and, where the two differ, Unsloth's defaults."""
+"""GRPOConfig: the settings of a GRPO run. The objective's defaults are TRL's, the rest Unsloth's."""
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
-from jaxtune.errors import OptionError, nearest
+from jaxtune.errors import OptionError
 from jaxtune.options import ANY, mirrors
 from jaxtune.rl.losses import LOSS_TYPES, SCALES
-from jaxtune.training.config import WITHOUT_EFFECT as WITHOUT_EFFECT_IN_SFT
-from jaxtune.training.optimizers import SCHEDULES
-from jaxtune.training.remat import level
+from jaxtune.training.config import WITHOUT_EFFECT, TrainingConfig
 
-_SFT_ONLY = ("dataset_num_proc", "packing", "padding_free", "loss_type", "remove_unused_columns")
-
-WITHOUT_EFFECT = {
-    **{name: neutral for name, neutral in WITHOUT_EFFECT_IN_SFT.items() if name not in _SFT_ONLY},
+_WITHOUT_EFFECT = {
+    **WITHOUT_EFFECT,
     # Rollouts use the trainer's own arrays: there is no second engine to set up.
     "use_vllm": ANY,
     "vllm_mode": ANY,
@@ -28,7 +23,6 @@ WITHOUT_EFFECT = {
     "unsloth_grpo_mini_batch": ANY,
     "disable_dropout": ANY,
     "pad_to_multiple_of": ANY,
-    "log_completions": False,
     "remove_unused_columns": False,
     "shuffle_dataset": True,
     "top_p": 1.0,
@@ -49,45 +43,11 @@ WITHOUT_EFFECT = {
     "off_policy_mask_threshold": None,
     "sync_ref_model": False,
 }
-"""Names that a TRL or Unsloth script may pass although they mean nothing here, or only with the value given."""
 
 
-_AT_LEAST = {
-    "num_generations": 1,
-    "max_prompt_length": 1,
-    "max_completion_length": 1,
-    "temperature": 0,
-    "beta": 0,
-    "epsilon": 0,
-    "epsilon_high": 0,
-    "num_iterations": 1,
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 0,
-    "warmup_steps": 0,
-    "weight_decay": 0,
-    "adam_epsilon": 0,
-    "max_grad_norm": 0,
-    "logging_steps": 1,
-}
-_MAY_BE_NONE = ("max_prompt_length", "epsilon_high", "warmup_steps", "max_grad_norm")
-_WHOLE = (
-    "num_generations",
-    "max_prompt_length",
-    "max_completion_length",
-    "num_iterations",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_steps",
-    "logging_steps",
-)
-
-
-@mirrors(WITHOUT_EFFECT)
+@mirrors(_WITHOUT_EFFECT)
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GRPOConfig:
-    output_dir: str | Path | None = None
-    """Where metrics.jsonl goes; None writes nothing."""
+class GRPOConfig(TrainingConfig):
     num_generations: int = 8
     """Completions of one prompt, which are compared with one another."""
     max_prompt_length: int | None = None
@@ -118,79 +78,29 @@ class GRPOConfig:
     """Do not train on completions that were cut off."""
     num_iterations: int = 1
     """Optimizer steps on the same completions."""
-    per_device_train_batch_size: int = 4
-    """Completions in a micro-batch."""
-    gradient_accumulation_steps: int = 2
-    """Micro-batches in an optimizer step; times the batch size, it must be a multiple of num_generations."""
-    num_train_epochs: float = 3.0
-    """Passes over the prompts, unless max_steps says otherwise."""
-    max_steps: int = -1
-    """Optimizer steps in all; -1 leaves it to num_train_epochs."""
-    learning_rate: float = 5e-5
-    """The highest rate of the schedule."""
-    lr_scheduler_type: str = "linear"
-    """constant, constant_with_warmup, cosine or linear."""
-    warmup_steps: float | None = None
-    """Steps over which the rate rises from 0; below 1, a part of all steps. None leaves it to warmup_ratio."""
-    warmup_ratio: float = 0.1
-    """The part of all steps over which it rises, rounded up."""
-    weight_decay: float = 0.001
-    """AdamW's decoupled weight decay."""
-    adam_beta1: float = 0.9
-    """Decay of AdamW's mean gradient."""
-    adam_beta2: float = 0.999
-    """Decay of AdamW's mean squared gradient."""
-    adam_epsilon: float = 1e-8
-    """What AdamW adds to its denominator."""
-    max_grad_norm: float | None = 1.0
-    """Gradients are shrunk to this global norm; None or 0 leaves them alone."""
-    gradient_checkpointing: bool | str | None = None
-    """True, False, "unsloth" or a level of training.remat; None takes what the model was loaded with."""
-    logging_steps: int = 1
-    """Steps between two lines of the log, which holds the means over them."""
-    seed: int = 3407
-    """Of the order of the prompts and of the sampling."""
+    log_completions: bool = False
+    """Write every completion, with what it was worth, to completions.jsonl in output_dir."""
 
     def __post_init__(self):
         if isinstance(self.scale_rewards, bool):
             object.__setattr__(self, "scale_rewards", "group" if self.scale_rewards else "none")
-        self._check_numbers()
-        for name, known in {
-            "loss_type": LOSS_TYPES,
-            "scale_rewards": SCALES,
-            "lr_scheduler_type": SCHEDULES,
-        }.items():
-            if (value := getattr(self, name)) not in known:
-                raise _bad(name, value, f"one of {', '.join(known)}", nearest(str(value), known))
-        if self.gradient_checkpointing is not None:
-            level(self.gradient_checkpointing)
+        super().__post_init__()
+        self.require_counts("num_generations", "max_completion_length", "num_iterations")
+        self.require_counts("max_prompt_length", or_none=True)
+        self.require_at_least(0, "temperature", "beta", "epsilon")
+        self.require_at_least(0, "epsilon_high", or_none=True)
+        group = "at least 2: a completion is judged by the others of its prompt"
+        self.require(self.num_generations >= 2, "num_generations", group)
+        self.require(
+            self.temperature > 0, "temperature", "more than 0: completions of a prompt have to differ"
+        )
+        self.require_one_of(LOSS_TYPES, "loss_type")
+        self.require_one_of(SCALES, "scale_rewards")
+        if self.log_completions:
+            where = "an output_dir to write them to"
+            self.require(self.output_dir is not None, "log_completions", where)
         if self.completions_per_step % self.num_generations:
             raise self._not_whole_groups()
-
-    def _check_numbers(self):
-        for name, least in _AT_LEAST.items():
-            value = getattr(self, name)
-            if value is None and name in _MAY_BE_NONE:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-                raise _bad(name, value, f"a number of at least {least}")
-        for name in _WHOLE:
-            if not isinstance(value := getattr(self, name), int | None):
-                raise _bad(name, value, "a whole number")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise _bad(name, getattr(self, name), "a number from 0 to below 1")
-        if not self.num_generations >= 2:
-            expected = "at least 2: a completion is judged by the others of its prompt"
-            raise _bad("num_generations", self.num_generations, expected)
-        if not self.temperature > 0:
-            raise _bad("temperature", self.temperature, "more than 0: completions of a prompt have to differ")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise _bad("warmup_ratio", self.warmup_ratio, "a part of all steps, from 0 to 1")
-        if self.max_steps != -1 and self.max_steps < 1:
-            raise _bad("max_steps", self.max_steps, "a number of steps, or -1 to count epochs")
-        if self.max_steps == -1 and not self.num_train_epochs > 0:
-            raise _bad("num_train_epochs", self.num_train_epochs, "more than 0")
 
     @property
     def completions_per_step(self) -> int:
@@ -199,17 +109,6 @@ class GRPOConfig:
     @property
     def prompts_per_step(self) -> int:
         return self.completions_per_step // self.num_generations
-
-    def total_steps(self, num_prompts: int) -> int:
-        """Optimizer steps of the run, `num_iterations` for every rollout."""
-        if self.max_steps > 0:
-            return self.max_steps
-        return math.ceil(self.num_train_epochs * num_prompts / self.prompts_per_step) * self.num_iterations
-
-    def warmup(self, total_steps: int) -> int:
-        steps = self.warmup_ratio if self.warmup_steps is None else self.warmup_steps
-        is_part = self.warmup_steps is None or steps < 1
-        return math.ceil(steps * total_steps) if is_part else int(steps)
 
     def _not_whole_groups(self) -> OptionError:
         batch, steps, group = (
@@ -233,9 +132,3 @@ class GRPOConfig:
 
 def _or(numbers: Sequence[int]) -> str:
     return " or ".join(map(str, numbers))
-
-
-def _bad(name: str, value: object, expected: str, near: str = "") -> OptionError:
-    return OptionError(
-        f"GRPOConfig: {name}={value!r}.", expected=expected + ".", fix=f"Correct {name}.{near}"
-    )

@@ -1,4 +1,4 @@
-"""What a rollout's rewards and completions look like in numbers, under TRL's names; and the mean of a few records."""
+"""What a rollout's rewards and completions look like in numbers, under TRL's names."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,6 @@ from jaxtune.training.loop import Record
 
 ZERO_STD = 1e-8
 """A group's deviation up to here is 0: its completions teach nothing."""
-
-NOT_AVERAGED = ("step", "epoch", "num_tokens", "learning_rate", "grad_norm")
-"""Of several records, the last one's counts."""
 
 
 def reward_facts(
@@ -48,13 +45,4 @@ def completion_facts(rollout: Rollout) -> Record:
         "completions/mean_terminated_length": float(terminated.mean()),
         "completions/min_terminated_length": float(terminated.min()),
         "completions/max_terminated_length": float(terminated.max()),
-    }
-
-
-def average(records: Sequence[Record]) -> Record:
-    """One record for several steps: means over those that have the number."""
-    names = dict.fromkeys(name for record in records for name in record)
-    values = {name: [record[name] for record in records if name in record] for name in names}
-    return {
-        name: each[-1] if name in NOT_AVERAGED else sum(each) / len(each) for name, each in values.items()
     }

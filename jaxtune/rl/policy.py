@@ -11,14 +11,10 @@ from jax import lax
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.models.decoder import Remat
 from jaxtune.rl.losses import policy_terms
-from jaxtune.training.losses import MicroBatch, label_nll
+from jaxtune.training.losses import MicroBatch, Sums, WatchedLoss, label_nll
 
 LogProbs = Callable[[Lora | None, Params, MicroBatch], jax.Array]
 """float32 [R, L]: log p(label) of every token that has one, 0 of the others. `lora=None` is the reference."""
-
-LossAndSums = Callable[[Lora | None, Params, MicroBatch], tuple[jax.Array, dict[str, jax.Array]]]
-"""Sums over a micro-batch's trained tokens: the loss, and what is worth watching. The step divides both by the number
-of trained tokens in the whole batch."""
 
 
 def log_probs(model: CausalLM, temperature: float = 1.0, remat: Remat | None = None) -> LogProbs:
@@ -39,11 +35,11 @@ def grpo_loss(
     epsilon_high: float | None,
     beta: float,
     use_bias_correction_kl: bool,
-) -> LossAndSums:
+) -> WatchedLoss:
     """The batch has, besides what SFT's has, `advantages` and `weights` (see `losses.sequence_weights`), and may have
     `old_logps` (without them the policy is taken to be the one that sampled) and `ref_logps`: float32 [R, L]."""
 
-    def loss(lora: Lora | None, params: Params, batch: MicroBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(lora: Lora | None, params: Params, batch: MicroBatch) -> tuple[jax.Array, Sums]:
         logps_RL = function(lora, params, batch)
         ref_logps_RL = batch.get("ref_logps")
         terms = policy_terms(

@@ -5,38 +5,106 @@ names the function.
 
 gets everything by keyword, a value for each completion: `answer` stands for any other column of the dataset. In
 conversational data a prompt is a list of messages, and so is a completion: `completion[0]["content"]`. None (or NaN)
-means that the function has nothing to say about a completion.
+means that the function has nothing to say about a completion. There are also `trainer_state` (see `TrainerState`),
+`log_metric(name, value)`, which adds a number to the log, and `log_extra(column, values)`, which adds a column to the
+table of completions. Async functions run together.
 """
 
+import asyncio
+import functools
 import inspect
 import math
+import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.errors import OptionError, TrainingError
+from jaxtune.errors import OptionError, RewardError
+
+RewardFunction = Callable[..., Any]
+"""Returns a list of numbers and None, or a coroutine that does."""
 
 
-class RewardError(TrainingError):
-    """A reward function that raised, or whose result is not one number (or None) for each completion."""
+class TrainerState(NamedTuple):
+    """What a reward function may want to know of the run."""
+
+    global_step: int
+    """Optimizer steps before these completions."""
+    max_steps: int
+    epoch: float
 
 
-RewardFunction = Callable[..., Sequence[float | None]]
+class RewardFunctions:
+    """One function or several, by the names under which metrics have them."""
+
+    def __init__(self, given: RewardFunction | Sequence[RewardFunction]):
+        self.by_name = _named(given)
+        self.names = list(self.by_name)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def score(self, given: Mapping[str, Any], num_completions: int) -> np.ndarray:
+        """Rewards [S, F], NaN where a function had no answer. `given` is what functions may take by keyword."""
+        results: dict[str, Any] = dict.fromkeys(self.names)
+        later = {}
+        for name, function in self.by_name.items():
+            call = functools.partial(function, **_accepted(function, given))
+            if _is_async(function):
+                later[name] = call
+            else:
+                results[name] = _called(name, call)
+        if later:
+            results.update(self._together(later))
+        columns = [_checked(name, result, num_completions) for name, result in results.items()]
+        rewards_SF = np.asarray(columns, np.float32).T
+        if np.isnan(rewards_SF).all():
+            raise RewardError(
+                f"No reward function ({', '.join(self.names)}) had a number for any of {num_completions} "
+                "completions: each returned None or NaN for all.",
+                expected="a number for some of them: without one there is nothing to learn.",
+                fix="Print what the functions are given: completions, and the columns of the dataset.",
+            )
+        return rewards_SF
+
+    def _together(self, calls: Mapping[str, Callable]) -> Mapping[str, Any]:
+        async def one(name: str, call: Callable) -> Any:
+            try:
+                return await call()
+            except Exception as error:  # a user's program: it may raise anything
+                raise _raised(name, error) from error
+
+        async def every() -> list[Any]:
+            return await asyncio.gather(*(one(name, call) for name, call in calls.items()))
+
+        if self._loop is None:  # one for every step, so that what a function keeps open stays usable
+            self._loop = _loop_in_a_thread()
+            weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
+        results = asyncio.run_coroutine_threadsafe(every(), self._loop).result()
+        return dict(zip(calls, results, strict=True))
 
 
-def named(reward_funcs: RewardFunction | Sequence[RewardFunction]) -> dict[str, RewardFunction]:
-    """One function or several -> by name, as metrics will call them."""
-    functions: Sequence[Any] = [reward_funcs]
-    if isinstance(reward_funcs, list | tuple) and reward_funcs:
-        functions = reward_funcs
+def _loop_in_a_thread() -> asyncio.AbstractEventLoop:
+    """Of its own, since the caller's thread may have a loop that is running, as in a notebook."""
+    loop = asyncio.new_event_loop()
+
+    def serve() -> None:
+        loop.run_forever()
+        loop.close()
+
+    threading.Thread(target=serve, name="jaxtune-rewards", daemon=True).start()
+    return loop
+
+
+def _named(given: RewardFunction | Sequence[RewardFunction]) -> dict[str, RewardFunction]:
+    functions: Sequence[Any] = given if isinstance(given, list | tuple) and given else [given]
     found: dict[str, RewardFunction] = {}
     for function in functions:
-        if not callable(function) or inspect.iscoroutinefunction(function):
+        if not callable(function):
             raise OptionError(
                 f"reward_funcs holds {function!r}.",
                 expected="functions that take completions by keyword and return a list of numbers.",
-                fix="Pass such a function; reward models and async functions are not supported yet.",
+                fix="Pass such a function; reward models are not supported yet.",
             )
         name = _name(function)
         if name in found:
@@ -49,28 +117,15 @@ def named(reward_funcs: RewardFunction | Sequence[RewardFunction]) -> dict[str, 
     return found
 
 
-def score(
-    functions: Mapping[str, RewardFunction], given: Mapping[str, Any], num_completions: int
-) -> np.ndarray:
-    """Rewards [S, F], NaN where a function had no answer. `given` is what functions may take by keyword."""
-    columns = [_call(name, function, given, num_completions) for name, function in functions.items()]
-    return np.asarray(columns, np.float32).T
+def _name(function: Any) -> str:
+    function = getattr(function, "func", function)  # of a functools.partial
+    return getattr(function, "__name__", type(function).__name__)
 
 
-def _call(name: str, function: RewardFunction, given: Mapping[str, Any], count: int) -> list[float]:
-    try:
-        result = function(**_accepted(function, given))
-    except Exception as error:  # a user's program: it may raise anything
-        raise RewardError(
-            f"The reward function {name!r} raised {type(error).__name__}: {error}",
-            expected="a reward for every completion, whatever the model has written.",
-            fix="Look at the traceback above; return None for what cannot be judged.",
-        ) from error
-    if isinstance(result, str | bytes | Mapping) or not hasattr(result, "__len__"):
-        raise _bad_result(name, f"a {type(result).__name__}", count)
-    if len(result) != count:
-        raise _bad_result(name, f"{len(result)} values for {count} completions", count)
-    return [_number(name, value, count) for value in result]
+def _is_async(function: Any) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004  # of an object: is calling it a coroutine?
+    )
 
 
 def _accepted(function: RewardFunction, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -79,6 +134,29 @@ def _accepted(function: RewardFunction, given: Mapping[str, Any]) -> Mapping[str
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return given
     return {parameter.name: given[parameter.name] for parameter in parameters if parameter.name in given}
+
+
+def _called(name: str, call: Callable) -> Any:
+    try:
+        return call()
+    except Exception as error:  # a user's program: it may raise anything
+        raise _raised(name, error) from error
+
+
+def _raised(name: str, error: Exception) -> RewardError:
+    return RewardError(
+        f"The reward function {name!r} raised {type(error).__name__}: {error}",
+        expected="a reward for every completion, whatever the model has written.",
+        fix="Look at the traceback above; return None for what cannot be judged.",
+    )
+
+
+def _checked(name: str, result: Any, count: int) -> list[float]:
+    if isinstance(result, str | bytes | Mapping) or not hasattr(result, "__len__"):
+        raise _bad_result(name, f"a {type(result).__name__}", count)
+    if len(result) != count:
+        raise _bad_result(name, f"{len(result)} values for {count} completions", count)
+    return [_number(name, value, count) for value in result]
 
 
 def _number(name: str, value: Any, count: int) -> float:
@@ -99,8 +177,3 @@ def _bad_result(name: str, what: str, count: int) -> RewardError:
         expected=f"a list with one finite number, or None, for each of the {count} completions.",
         fix="Correct what the function returns.",
     )
-
-
-def _name(function: Any) -> str:
-    function = getattr(function, "func", function)  # of a functools.partial
-    return getattr(function, "__name__", type(function).__name__)

@@ -1,6 +1,6 @@
 """One loop, and supervised fine-tuning on it."""
 
-from jaxtune.training.config import SFTConfig
 from jaxtune.training.sft import SFTTrainer
+from jaxtune.training.sft_config import SFTConfig
 
 __all__ = ["SFTConfig", "SFTTrainer"]

@@ -16,6 +16,12 @@ MicroBatch = Mapping[str, jax.Array]
 Loss = Callable[[Lora | None, Params, MicroBatch], jax.Array]
 """The sum over a micro-batch's trained tokens. The step divides by their number in the whole batch."""
 
+Sums = dict[str, jax.Array]
+"""What is worth watching beside the loss, by name, summed and divided as the loss is."""
+
+WatchedLoss = Callable[[Lora | None, Params, MicroBatch], tuple[jax.Array, Sums]]
+"""A loss and its sums: what the step takes."""
+
 
 def label_nll(
     model: CausalLM, remat: Remat | None = None, temperature: float = 1.0
@@ -45,6 +51,11 @@ def next_token_loss(model: CausalLM, remat: Remat | None = None) -> Loss:
     """The sum of -log p(label) over the tokens that have a label, as a function of (lora, params, batch)."""
     nll = label_nll(model, remat)
     return lambda lora, params, batch: nll(lora, params, batch).sum()
+
+
+def unwatched(loss: Loss) -> WatchedLoss:
+    """A loss with nothing to watch but itself."""
+    return lambda lora, params, batch: (loss(lora, params, batch), {})
 
 
 def trained_tokens(batch: MicroBatch) -> jax.Array:

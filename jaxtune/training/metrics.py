@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -11,7 +12,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jaxtune.folders import cannot_write, refuse_strangers
 from jaxtune.log import get_logger
-from jaxtune.training.config import SFTConfig
+from jaxtune.training.config import TrainingConfig
 from jaxtune.training.loop import Record
 
 log = get_logger(__name__)
@@ -19,10 +20,25 @@ log = get_logger(__name__)
 FILE = "metrics.jsonl"
 
 
-class RunLog:
-    """A context manager around a run. The first line of metrics.jsonl has the settings, each other one a step."""
+NOT_AVERAGED = ("step", "epoch", "num_tokens", "learning_rate", "grad_norm")
+"""Of several records, the last one's counts."""
 
-    def __init__(self, config: SFTConfig, total_steps: int):
+
+def average(records: Sequence[Record]) -> Record:
+    """One record for several steps: means over those that have the number."""
+    names = dict.fromkeys(name for record in records for name in record)
+    values = {name: [record[name] for record in records if name in record] for name in names}
+    return {
+        name: each[-1] if name in NOT_AVERAGED else sum(each) / len(each) for name, each in values.items()
+    }
+
+
+class RunLog:
+    """A context manager around a run. The first line of metrics.jsonl has the settings, each other one a step. Of a
+    step's numbers, those of `headline` come first, and stand beside the progress bar."""
+
+    def __init__(self, config: TrainingConfig, total_steps: int, headline: Sequence[str] = ("loss",)):
+        self.headline = headline
         self.file = None if config.output_dir is None else _open(Path(config.output_dir))
         if self.file is not None:
             settings = dataclasses.asdict(config) | {"output_dir": str(config.output_dir)}
@@ -34,17 +50,18 @@ class RunLog:
         if self.file is not None:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
+        first = {name: f"{record[name]:.4f}" for name in self.headline if name in record}
         log.info(
-            "step %d/%d (epoch %.2f): loss %.4f, grad_norm %.3f, lr %.2e, %.0f tokens/s",
+            "step %d/%d (epoch %.2f): %s, grad_norm %.3f, lr %.2e, %.0f tokens/s",
             record["step"],
             self.bar.total,
             record["epoch"],
-            record["loss"],
+            ", ".join(f"{name} {value}" for name, value in first.items()),
             record["grad_norm"],
             record["learning_rate"],
             record["tokens"] / record["step_time_sec"],
         )
-        self.bar.set_postfix(loss=f"{record['loss']:.4f}")
+        self.bar.set_postfix(first)
 
     def advance(self) -> None:
         self.bar.update()

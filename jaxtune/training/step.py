@@ -11,7 +11,7 @@ import optax
 from jax import lax
 
 from jaxtune.models.causal_lm import Lora, Params
-from jaxtune.training.losses import Loss, MicroBatch, trained_tokens
+from jaxtune.training.losses import MicroBatch, WatchedLoss, trained_tokens
 from jaxtune.training.optimizers import Schedule
 
 Metrics = dict[str, jax.Array]
@@ -34,29 +34,34 @@ def init_state(lora: Lora, optimizer: optax.GradientTransformation) -> TrainStat
     return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora))
 
 
-def value_and_grad(loss: Loss, lora: Lora, params: Params, batch: MicroBatch) -> tuple[jax.Array, Lora]:
-    """Mean loss and gradient over all trained tokens of batch [A, R, L]: A micro-batches, one after the other."""
-    of_sum = jax.value_and_grad(loss)
+def value_and_grad(
+    loss: WatchedLoss, lora: Lora, params: Params, batch: MicroBatch
+) -> tuple[jax.Array, Lora, Metrics]:
+    """Loss, gradient and what the loss watches, all means over the trained tokens of batch [A, R, L]: A micro-batches,
+    one after the other."""
+    of_sums = jax.value_and_grad(loss, has_aux=True)
 
     def add(carry, micro):
-        return jax.tree.map(jnp.add, carry, of_sum(lora, params, micro)), None
+        (value, sums), grads = of_sums(lora, params, micro)
+        return jax.tree.map(jnp.add, carry, (value, grads)), sums
 
     zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, lora))
-    summed = lax.scan(add, zero, batch)[0]
+    (value, grads), sums_A = lax.scan(add, zero, batch)
     # Divided at the end, in float32: as a factor of the loss it would reach the backward pass in the model's own
     # dtype, where in float16 it turns gradients into zeros.
     total = jnp.maximum(trained_tokens(batch), 1).astype(jnp.float32)
-    return jax.tree.map(lambda x: x / total, summed)
+    watched = {name: each_A.sum() / total for name, each_A in sums_A.items()}
+    return value / total, jax.tree.map(lambda g: g / total, grads), watched
 
 
 def make_step(
-    loss: Loss, optimizer: optax.GradientTransformation, rate: Schedule, max_grad_norm: float | None
+    loss: WatchedLoss, optimizer: optax.GradientTransformation, rate: Schedule, max_grad_norm: float | None
 ) -> Step:
     """`max_grad_norm=None` does not clip. The state is donated."""
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, params: Params, batch: MicroBatch) -> tuple[TrainState, Metrics]:
-        value, grads = value_and_grad(loss, state.lora, params, batch)
+        value, grads, watched = value_and_grad(loss, state.lora, params, batch)
         norm = optax.tree.norm(grads)
         if max_grad_norm is not None:
             shrink = jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))
@@ -69,6 +74,7 @@ def make_step(
             "learning_rate": rate(state.step),
             "trained_tokens": trained_tokens(batch),
             "tokens": (batch["segment_ids"] > 0).sum(dtype=jnp.int32),
+            **watched,
         }
         return TrainState(state.step + 1, lora, optimizer_state), metrics
 

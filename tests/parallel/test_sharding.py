@@ -8,7 +8,7 @@ from jaxtune.errors import ShardingError
 from jaxtune.loading.load import abstract_params
 from jaxtune.parallel.mesh import make_mesh
 from jaxtune.parallel.sharding import batch_sharding, lora_shardings, param_shardings
-from jaxtune.training.losses import next_token_loss
+from jaxtune.training.losses import next_token_loss, unwatched
 from jaxtune.training.optimizers import adamw, schedule
 from jaxtune.training.remat import remat
 from jaxtune.training.step import init_state, make_step
@@ -24,7 +24,7 @@ def case():
     rate = schedule("constant", 1e-2, 0, 10)
     # A large epsilon: with a small one Adam turns rounding errors in near-zero gradients into whole steps.
     optimizer = adamw(rate, beta1=0.9, beta2=0.999, epsilon=1e-3, weight_decay=0.01)
-    step = make_step(next_token_loss(model, remat("block")), optimizer, rate, 1.0)
+    step = make_step(unwatched(next_token_loss(model, remat("block"))), optimizer, rate, 1.0)
     return tiny.params(model), tiny.lora(model), tiny.batch(), optimizer, step
 
 

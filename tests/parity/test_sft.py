@@ -11,7 +11,7 @@ import torch
 from jaxtune import FastLanguageModel, SFTConfig, SFTTrainer, get_chat_template
 from jaxtune.lora import peft_format
 from jaxtune.models import names
-from jaxtune.training.losses import next_token_loss
+from jaxtune.training.losses import next_token_loss, unwatched
 from jaxtune.training.remat import remat
 from jaxtune.training.step import value_and_grad
 from tests.kit import models
@@ -131,7 +131,7 @@ def test_first_gradient_and_thirty_losses(trainer):
     # B starts at zero, and so would A's gradient: compared where both are alive, after a nudge.
     nudged = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(1), x.shape), model.lora)
     loss = next_token_loss(model.causal_lm, remat("block"))
-    value, grads = jax.jit(lambda lora, params: value_and_grad(loss, lora, params, batches[0]))(
+    value, grads, _ = jax.jit(lambda lora, params: value_and_grad(unwatched(loss), lora, params, batches[0]))(
         nudged, model.params
     )
     probe = torch_twin(twin.unload(), dataclasses.replace(model, lora=nudged))

@@ -1,5 +1,6 @@
 """What goes wrong with settings, datasets and reward functions: typed errors that say what to do."""
 
+import asyncio
 import dataclasses
 import functools
 
@@ -7,10 +8,11 @@ import numpy as np
 import pytest
 
 from jaxtune import LanguageModel, SFTConfig
-from jaxtune.errors import AdapterError, DatasetError, OptionError, TrainingError
-from jaxtune.rl import GRPOConfig, GRPOTrainer, rewards
+from jaxtune.errors import AdapterError, DatasetError, OptionError, RewardError, TrainingError
+from jaxtune.rl import GRPOConfig, GRPOTrainer
+from jaxtune.rl.completions import Logged
 from jaxtune.rl.prompts import read_prompts, steps
-from jaxtune.rl.rewards import RewardError
+from jaxtune.rl.rewards import RewardFunctions
 from tests.kit import models, tiny
 
 
@@ -42,6 +44,7 @@ def ones(completions):
         ({"importance_sampling_level": "sequence"}, "does not support"),
         ({"delta": 2.0}, "does not support"),
         ({"top_p": 0.9}, "does not support"),
+        ({"log_completions": True}, "log_completions=True"),
     ],
     ids=str,
 )
@@ -126,17 +129,12 @@ def test_what_the_model_lacks(model):
         GRPOTrainer(dataclasses.replace(model, tokenizer=None), ones, SHORT, train_dataset=ROWS)
 
 
-async def later(completions):
-    return ones(completions)
-
-
-def test_async_functions_are_refused_at_once():
-    with pytest.raises(OptionError, match="async"):
-        rewards.named(later)
-
-
 def fails(completions):
     raise KeyError("answer")
+
+
+async def fails_later(completions):
+    fails(completions)
 
 
 @pytest.mark.parametrize(
@@ -152,11 +150,13 @@ def fails(completions):
         (lambda completions: [1.0, float("inf")], "inf"),
         (lambda completions: [[1.0, 2.0], [3.0]], "1.0, 2.0"),
         (lambda unknown: [1.0, 2.0], "unknown"),
+        (lambda completions: [None, float("nan")], "None or NaN for all"),
+        (fails_later, "'fails_later' raised KeyError: 'answer'"),
     ],
 )
 def test_reward_functions_that_fail(function, message):
     with pytest.raises(RewardError, match=message) as raised:
-        rewards.score(rewards.named(function), {"completions": ["a", "b"]}, 2)
+        RewardFunctions(function).score({"completions": ["a", "b"]}, 2)
     assert isinstance(raised.value, TrainingError)
 
 
@@ -171,13 +171,50 @@ def test_reward_functions_get_what_they_name_and_may_return_any_numbers():
         return [True, None]
 
     given = {"prompts": ["p", "p"], "completions": ["a", "b"], "completion_ids": [[1], [2]], "answer": [3, 4]}
-    functions = rewards.named(
+    functions = RewardFunctions(
         [everything, some, functools.partial(lambda completions, k: [k, float("nan")], k=5)]
     )
-    scores = rewards.score(functions, given, 2)
+    scores = functions.score(given, 2)
     assert seen == given
     np.testing.assert_array_equal(scores, [[1, 1, 5], [2, np.nan, np.nan]])
     assert scores.dtype == np.float32
+
+
+def test_async_functions_run_together_also_where_a_loop_is_running():
+    """Each waits until the other has begun; one is an object; the event loop is the same at every call."""
+    begun, loops = [], []
+
+    async def first(completions):
+        begun.append("first")
+        loops.append(asyncio.get_running_loop())
+        while "Second" not in begun:
+            await asyncio.sleep(0)
+        return ones(completions)
+
+    class Second:
+        async def __call__(self, completions):
+            begun.append("Second")
+            while "first" not in begun:
+                await asyncio.sleep(0)
+            return [2.0, None]
+
+    async def a_notebook_cell():
+        functions = RewardFunctions([first, ones, Second()])
+        for _ in range(2):
+            scores = functions.score({"completions": ["a", "b"]}, 2)
+            np.testing.assert_array_equal(scores, [[1, 1, 2], [1, 1, np.nan]])
+
+    asyncio.run(a_notebook_cell())
+    assert loops[0] is loops[1]
+
+
+def test_a_column_that_is_not_one_value_for_each_completion():
+    def wrong(completions, log_extra):
+        log_extra("note", ["only one"])
+        return ones(completions)
+
+    with pytest.raises(RewardError, match=r"log_extra\('note', ...\) was given 1 values for 8"):
+        RewardFunctions(wrong).score({"completions": ["a"] * 8, "log_extra": Logged(8).extra}, 8)
 
 
 def test_prompts_longer_than_the_limit_keep_their_end_and_say_so(caplog):

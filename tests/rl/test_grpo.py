@@ -1,7 +1,6 @@
 """GRPOTrainer and its settings: a reward rises, and each field of GRPOConfig changes what it says it changes."""
 
 import dataclasses
-import inspect
 import json
 
 import jax
@@ -10,9 +9,10 @@ import numpy as np
 import pytest
 
 from jaxtune import LanguageModel, get_chat_template
+from jaxtune.errors import RewardError
 from jaxtune.rl import GRPOConfig, GRPOTrainer
-from jaxtune.rl.grpo import loss_of, optimizer_of
-from jaxtune.rl.rewards import RewardError
+from jaxtune.rl.grpo import loss_of
+from jaxtune.training.trainer import optimizer_of
 from tests.kit import models, tiny
 from tests.kit.compare import assert_trees_close, assert_trees_equal
 
@@ -206,7 +206,7 @@ def test_steps_iterations_and_epochs(model, baseline):
     clipped = column(baseline, "clip_ratio/region_mean")
     assert clipped[0] == clipped[2] == 0 < clipped[1]
     longer = GRPOConfig(**{**BASE, "max_steps": -1, "num_train_epochs": 1.5})
-    assert longer.total_steps(num_prompts=6) == 10  # 9 prompts take 5 rollouts
+    assert longer.total_steps(3, uses=longer.num_iterations) == 10  # 9 prompts take 5 rollouts
 
 
 def test_what_is_logged_has_trls_names(model, baseline):
@@ -292,7 +292,7 @@ def test_conversations(model):
     assert len(prompts) == len(completions) == 8
     assert {completion[0]["role"] for completion in completions} == {"assistant"}
     assert [rows[answer]["prompt"] for answer in columns["answer"]] == prompts
-    assert set(columns) == {"answer", "completion_ids"}
+    assert set(columns) == {"answer", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 
 
 NO_REFERENCE = dict(beta=0.0, num_iterations=1, max_steps=2, weight_decay=0.0)
@@ -307,10 +307,16 @@ def test_on_policy_the_loss_is_minus_the_mean_advantage(model):
 
 
 def test_completions_that_no_function_judges_teach_nothing_and_are_mentioned_once(model, caplog):
-    trainer = train(model, [lambda completions: [None] * len(completions)], **NO_REFERENCE)
+    """Those of every other prompt: the others' rewards are all alike, so nothing is learnt at all."""
+
+    def every_other(prompts):
+        first = prompts[0]
+        return [1.0 if prompt == first else None for prompt in prompts]
+
+    trainer = train(model, [every_other], **NO_REFERENCE)
     assert_trees_equal(trainer.model.lora, model.lora)
     assert sum("no reward function had an answer" in message for message in caplog.messages) == 1
-    assert "reward" not in trainer.log_history[0]
+    assert column(trainer, "reward") == [1, 1]
 
 
 def test_a_step_of_nothing_but_masked_completions_changes_nothing(model):
@@ -339,8 +345,26 @@ def test_a_reward_function_that_fails_late_does_not_lose_what_was_learnt(model, 
     assert [record["step"] for record in trainer.log_history] == [1]
 
 
-def test_every_field_is_documented_where_it_is_declared():
-    source = inspect.getsource(GRPOConfig)
-    for field in dataclasses.fields(GRPOConfig):
-        after = source.split(f"\n    {field.name}: ", 1)[1]
-        assert after.split("\n", 2)[1].strip().startswith('"""'), field.name
+def test_what_reward_functions_log_and_the_table_of_completions(model, tmp_path):
+    states = []
+
+    def noted(prompts, completion_ids, low, trainer_state, log_extra, log_metric):
+        states.append(trainer_state)
+        log_metric("longest", len(max(completion_ids, key=len)))
+        log_metric("longest", 0)
+        log_extra("tokens", completion_ids)
+        return [None if i == 0 else float(i) for i in range(len(prompts))]
+
+    trainer = train(model, [noted], log_completions=True, output_dir=tmp_path / "run", **NO_REFERENCE)
+    assert [state.global_step for state in states] == [0, 1]
+    assert {state.max_steps for state in states} == {2}
+    assert [state.epoch for state in states] == pytest.approx([0, 1 / 3])
+    lines = (tmp_path / "run" / "completions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["step"] for row in rows] == [1] * 8 + [2] * 8
+    first = [len(row["tokens"]) for row in rows[:8]]
+    assert trainer.log_history[0]["longest"] == max(first) / 2
+    assert [row["rewards/noted"] for row in rows[:8]] == [None, 1, 2, 3, 4, 5, 6, 7]
+    assert rows[0]["prompt"] in {row["prompt"] for row in ROWS}
+    assert rows[0]["advantage"] == 0 < rows[7]["advantage"]
+    assert isinstance(rows[0]["completion"], str)

@@ -188,12 +188,3 @@ def test_names_without_effect_are_accepted_with_one_line(caplog):
         "SFTConfig: bf16 has no effect in jaxtune.",
         "SFTConfig: dataset_num_proc has no effect in jaxtune.",
     ]
-
-
-def test_every_field_is_documented_where_it_is_declared():
-    import inspect
-
-    source = inspect.getsource(SFTConfig)
-    for field in dataclasses.fields(SFTConfig):
-        after = source.split(f"\n    {field.name}: ", 1)[1]
-        assert after.split("\n", 2)[1].strip().startswith('"""'), field.name

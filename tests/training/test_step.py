@@ -8,7 +8,7 @@ import torch
 
 from jaxtune.errors import OptionError, TrainingError
 from jaxtune.training import loop
-from jaxtune.training.losses import next_token_loss
+from jaxtune.training.losses import next_token_loss, unwatched
 from jaxtune.training.optimizers import adamw, any_promotion, schedule
 from jaxtune.training.remat import LEVELS, level, remat
 from jaxtune.training.step import init_state, make_step, value_and_grad
@@ -26,7 +26,7 @@ def case():
 def expected(case):
     """Loss and gradient of the whole batch in one piece, nothing rematerialised."""
     model, params, lora = case
-    return jax.jit(lambda *args: value_and_grad(next_token_loss(model), *args))(
+    return jax.jit(lambda *args: value_and_grad(unwatched(next_token_loss(model)), *args))(
         lora, params, cut(tiny.batch(), 1)
     )
 
@@ -42,7 +42,7 @@ def test_16_bit_gradients_do_not_fade_with_the_number_of_tokens(case, dtype):
     same batch 256 times over has the gradient of the batch."""
     model, _, lora = case
     params = tiny.params(model, dtype)
-    gradient = jax.jit(lambda *args: value_and_grad(next_token_loss(model), *args)[1])
+    gradient = jax.jit(lambda *args: value_and_grad(unwatched(next_token_loss(model)), *args)[1])
     once = cut(tiny.batch(rows=1, micro_batches=1), 1)
     many = {name: np.tile(array, (256, 1, 1)) for name, array in once.items()}
     assert_trees_close(gradient(lora, params, many), gradient(lora, params, once), 1e-4)
@@ -65,7 +65,7 @@ def padded(batch):
 @pytest.mark.parametrize("micro_batches", [2, 4, 8])
 def test_loss_and_gradient_do_not_depend_on_the_cut(case, expected, micro_batches):
     model, params, lora = case
-    ours = jax.jit(lambda *args: value_and_grad(next_token_loss(model), *args))(
+    ours = jax.jit(lambda *args: value_and_grad(unwatched(next_token_loss(model)), *args))(
         lora, params, cut(tiny.batch(), micro_batches)
     )
     assert_close(ours[0], expected[0], 1e-6)
@@ -74,7 +74,7 @@ def test_loss_and_gradient_do_not_depend_on_the_cut(case, expected, micro_batche
 
 def test_packed_equals_padded(case, expected):
     model, params, lora = case
-    ours = jax.jit(lambda *args: value_and_grad(next_token_loss(model), *args))(
+    ours = jax.jit(lambda *args: value_and_grad(unwatched(next_token_loss(model)), *args))(
         lora, params, padded(tiny.batch())
     )
     assert_close(ours[0], expected[0], 1e-6)
@@ -85,7 +85,7 @@ def test_packed_equals_padded(case, expected):
 def test_remat_changes_nothing_but_memory(case, expected, name):
     model, params, lora = case
     loss = next_token_loss(model, remat(name))
-    ours = jax.jit(lambda *args: value_and_grad(loss, *args))(lora, params, cut(tiny.batch(), 1))
+    ours = jax.jit(lambda *args: value_and_grad(unwatched(loss), *args))(lora, params, cut(tiny.batch(), 1))
     assert_close(ours[0], expected[0], 1e-6)
     assert_trees_close(ours[1], expected[1], 1e-5)
 
@@ -122,7 +122,7 @@ def test_residuals_hold_no_copy_of_a_weight(case, name):
     params = tiny.params(model, "bfloat16")
     batch = tiny.batch(length=48)  # so that no activation has a weight's shape
     loss = next_token_loss(model, remat(name))
-    jaxpr = jax.make_jaxpr(lambda lora: value_and_grad(loss, lora, params, batch))(lora)
+    jaxpr = jax.make_jaxpr(lambda lora: value_and_grad(unwatched(loss), lora, params, batch))(lora)
     weights = {shape for out_in in packed_shapes(params) for shape in (out_in, out_in[::-1])}
     handed_over = [
         var.aval for eqn in walk(jaxpr.jaxpr) if eqn.primitive.name == "scan" for var in eqn.outvars
@@ -181,7 +181,7 @@ def test_gradients_are_clipped_to_the_norm(case):
     moved = {}
     for limit in (None, 1e-3):
         optimizer = any_promotion(optax.sgd(1.0))
-        step = make_step(next_token_loss(model), optimizer, rate, limit)
+        step = make_step(unwatched(next_token_loss(model)), optimizer, rate, limit)
         state, metrics = step(init_state(lora, optimizer), params, tiny.batch())
         moved[limit] = float(optax.tree.norm(jax.tree.map(jnp.subtract, state.lora, lora)))
     np.testing.assert_allclose(moved[None], metrics["grad_norm"], rtol=1e-4)
@@ -193,7 +193,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(case):
     lora = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), lora)
     rate = schedule("constant", 1e-3, 0, 10)
     optimizer = adamw(rate, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.0)
-    step = make_step(next_token_loss(model), optimizer, rate, 1.0)
+    step = make_step(unwatched(next_token_loss(model)), optimizer, rate, 1.0)
     seen = []
     with pytest.raises(TrainingError, match="At step 1 the loss is nan"):
         loop.run(step, init_state(lora, optimizer), params, [(tiny.batch(), {})] * 2, seen.append)

@@ -1,0 +1,152 @@
+"""What every trainer does: check what it is given, run the loop over its batches, keep the log, leave the adapter.
+
+A trainer of its own kind adds what its batches are and what its loss is.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import optax
+
+from jaxtune.errors import AdapterError, OptionError, RewardError
+from jaxtune.log import show
+from jaxtune.models.causal_lm import CausalLM, Lora, Params
+from jaxtune.models.decoder import Remat
+from jaxtune.training.config import TrainingConfig
+from jaxtune.training.loop import Record, run
+from jaxtune.training.losses import WatchedLoss
+from jaxtune.training.metrics import RunLog, average
+from jaxtune.training.optimizers import Schedule, adamw, schedule
+from jaxtune.training.remat import level, remat
+from jaxtune.training.step import TrainState, init_state, make_step
+
+
+class Trainable(Protocol):
+    """What a trainer needs of a model; `jaxtune.LanguageModel` is one."""
+
+    causal_lm: CausalLM
+    params: Params
+    lora: Lora | None
+    tokenizer: Any
+    max_seq_length: int
+    gradient_checkpointing: bool | str
+    stop_ids: tuple[int, ...]
+
+
+class TrainOutput(NamedTuple):
+    """As transformers has it."""
+
+    global_step: int
+    training_loss: float
+    metrics: dict[str, float]
+
+
+Newest = Callable[[], Lora]
+"""The adapter as it is now, while it is being trained."""
+
+Batches = Callable[[Newest], Iterator[tuple[Mapping[str, Any], Mapping[str, float]]]]
+"""Endless batches [A, R, L], each with facts for the log: `epoch` and `samples` among them."""
+
+
+class Trainer:
+    """`log_history` is every logged step's numbers."""
+
+    config_type: ClassVar[type[TrainingConfig]]
+    args: TrainingConfig
+    headline: ClassVar[tuple[str, ...]] = ("loss",)
+    """Of a step's numbers, those that the progress bar shows."""
+
+    def __init__(
+        self,
+        model: Trainable,
+        args: TrainingConfig | None,
+        *,
+        train_dataset: Any,
+        processing_class: Any,
+        tokenizer: Any,
+    ):
+        show()
+        name, config = type(self).__name__, self.config_type.__name__
+        if not isinstance(args, self.config_type | None):
+            raise OptionError(
+                f"{name}'s args is a {type(args).__name__}.",
+                expected=f"{'an' if config[0] in 'AEIOS' else 'a'} {config}.",
+                fix=f"Pass args={config}(...).",
+            )
+        if model.lora is None:
+            raise AdapterError(
+                "The model has no adapter to train.",
+                expected="a model that went through FastLanguageModel.get_peft_model.",
+                fix="Call FastLanguageModel.get_peft_model(model) first.",
+            )
+        if train_dataset is None:
+            raise OptionError(
+                f"{name} was given no train_dataset.", expected="a dataset.", fix="Pass train_dataset=..."
+            )
+        self.model, self.args = model, args or self.config_type()
+        self.processing_class: Any = next(
+            (t for t in (processing_class, tokenizer, model.tokenizer) if t is not None), None
+        )
+        self.log_history: list[Record] = []
+
+    def _remat(self) -> Remat | None:
+        asked = self.args.gradient_checkpointing
+        return remat(level(self.model.gradient_checkpointing if asked is None else asked))
+
+    def _train(self, loss: WatchedLoss, batches: Batches, total_steps: int) -> TrainOutput:
+        model, args = self.model, self.args
+        assert model.lora is not None
+        optimizer, rate = optimizer_of(args, total_steps)
+        step = make_step(loss, optimizer, rate, args.max_grad_norm or None)
+        state = init_state(model.lora, optimizer)
+        self.log_history = []
+        records: list[Record] = []
+        unlogged: list[Record] = []
+        started = time.perf_counter()
+        with RunLog(args, total_steps, self.headline) as output:
+
+            def on_record(record: Record) -> None:
+                records.append(record)
+                unlogged.append(record)
+                if len(records) % args.logging_steps == 0 or len(records) == total_steps:
+                    self.log_history.append(average(unlogged))
+                    unlogged.clear()
+                    output.write(self.log_history[-1])
+                output.advance()
+
+            def on_state(newest: TrainState) -> None:
+                nonlocal state  # the one before is consumed
+                state = newest
+
+            stream = itertools.islice(batches(lambda: state.lora), total_steps)
+            try:
+                run(step, state, model.params, stream, on_record, on_state)
+            except (KeyboardInterrupt, RewardError):
+                model.lora = state.lora  # what was learnt so far is not lost
+                raise
+        model.lora = state.lora
+        runtime = time.perf_counter() - started
+        mean = sum(record["loss"] for record in records) / total_steps
+        metrics = {
+            "train_runtime": runtime,
+            "train_samples_per_second": sum(record["samples"] for record in records) / runtime,
+            "train_steps_per_second": total_steps / runtime,
+            "train_loss": mean,
+            "epoch": records[-1]["epoch"],
+        }
+        return TrainOutput(total_steps, mean, metrics)
+
+
+def optimizer_of(args: TrainingConfig, total_steps: int) -> tuple[optax.GradientTransformation, Schedule]:
+    """AdamW as the settings have it, and its rate at every step."""
+    rate = schedule(args.lr_scheduler_type, args.learning_rate, args.warmup(total_steps), total_steps)
+    optimizer = adamw(
+        rate,
+        beta1=args.adam_beta1,
+        beta2=args.adam_beta2,
+        epsilon=args.adam_epsilon,
+        weight_decay=args.weight_decay,
+    )
+    return optimizer, rate
