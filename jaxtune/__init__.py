@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 from jaxtune.version import __version__
 
 if TYPE_CHECKING:
-    from jaxtune.api import FastLanguageModel, LanguageModel
+    from jaxtune.api import FastLanguageModel
     from jaxtune.data.masking import train_on_responses_only
     from jaxtune.data.templates import get_chat_template
+    from jaxtune.language_model import LanguageModel
     from jaxtune.rl import GRPOConfig, GRPOTrainer
     from jaxtune.training import SFTConfig, SFTTrainer
 
 _HOME = {
     "FastLanguageModel": "jaxtune.api",
-    "LanguageModel": "jaxtune.api",
+    "LanguageModel": "jaxtune.language_model",
     "GRPOConfig": "jaxtune.rl",
     "GRPOTrainer": "jaxtune.rl",
     "SFTConfig": "jaxtune.training",

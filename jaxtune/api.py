@@ -1,10 +1,8 @@
-"""The names that users know: `FastLanguageModel.from_pretrained` and `.get_peft_model`, and the `LanguageModel` that
-they return, with `generate`, `save_pretrained`, and underneath `params`, `lora` and the pure `apply`."""
+"""FastLanguageModel: Unsloth's entry points, `from_pretrained` and `get_peft_model`, which return a LanguageModel."""
 
 import dataclasses
 import json
-import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.compilation import enable_cache
-from jaxtune.errors import AdapterError, ModelNotFoundError, OptionError, UnsupportedModelError, nearest
-from jaxtune.export.adapter import save_adapter
-from jaxtune.export.gguf.folder import save_gguf
-from jaxtune.export.merged_folder import save_merged_16bit
-from jaxtune.inference.generate import ends, generate
+from jaxtune.errors import AdapterError, ModelNotFoundError, OptionError, UnsupportedModelError
+from jaxtune.language_model import LanguageModel
 from jaxtune.loading import adapter as adapters
 from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.loading.config import read_config
@@ -27,8 +22,7 @@ from jaxtune.loading.tokenizer import load_tokenizer
 from jaxtune.log import get_logger, show
 from jaxtune.lora import tree as lora_tree
 from jaxtune.lora.config import PROJECTIONS, LoraConfig
-from jaxtune.models import names
-from jaxtune.models.causal_lm import CausalLM, Lora, Params
+from jaxtune.models.causal_lm import CausalLM
 from jaxtune.models.families import FAMILIES
 from jaxtune.options import ANY, mirrors
 from jaxtune.training.remat import level
@@ -49,19 +43,6 @@ _LOAD_WITHOUT_EFFECT = {
     "rope_scaling": None,
     "resize_model_vocab": None,
 }
-_GENERATE_WITHOUT_EFFECT = {
-    "use_cache": (True, None),
-    "streamer": None,
-    "stopping_criteria": None,
-    "tokenizer": ANY,
-    "token_type_ids": ANY,
-    "top_p": (1.0, None),
-    "top_k": (0, None),
-    "min_p": (0.0, None),
-    "repetition_penalty": (1.0, None),
-    "num_beams": (1, None),
-    "num_return_sequences": (1, None),
-}
 _LORA_WITHOUT_EFFECT = {
     "bias": "none",
     "lora_dropout": (0, 0.0),
@@ -74,191 +55,6 @@ _LORA_WITHOUT_EFFECT = {
     "max_seq_length": ANY,
     "temporary_location": ANY,
 }
-_MERGE_WITHOUT_EFFECT = {
-    "push_to_hub": False,
-    "safe_serialization": (True, None),
-    "is_main_process": True,
-    "state_dict": None,
-    "save_function": ANY,
-    "variant": None,
-    "private": ANY,
-    "tags": ANY,
-    "save_peft_format": ANY,
-    "temporary_location": ANY,
-    "maximum_memory_usage": ANY,
-}
-_GGUF_WITHOUT_EFFECT = {
-    **_MERGE_WITHOUT_EFFECT,
-    "max_shard_size": ANY,
-    "first_conversion": ANY,
-    "save_method": (None, "merged_16bit"),
-    "imatrix_file": None,
-    "merge_is_disposable": ANY,
-}
-
-
-@dataclasses.dataclass(eq=False, repr=False)
-class LanguageModel:
-    """A loaded model. `params` and `lora` are plain nested dicts of arrays; `causal_lm` holds the pure functions."""
-
-    causal_lm: CausalLM
-    params: Params
-    lora: Lora | None = None
-    tokenizer: Any = None
-    name_or_path: str = ""
-    """Where the base came from: what an adapter's config will name."""
-    revision: str | None = None
-    max_seq_length: int = 2048
-    gradient_checkpointing: bool | str = "unsloth"
-    stop_ids: tuple[int, ...] = ()
-    """Tokens that end a generation."""
-
-    def apply(self, params: Params, lora: Lora | None, tokens: jax.Array, **where: jax.Array) -> jax.Array:
-        """Logits [B, T, V] in float32, as a pure function; `lora=None` is the base model. See `CausalLM.apply`."""
-        return self.causal_lm.apply(params, lora, tokens, **where)
-
-    @mirrors(_GENERATE_WITHOUT_EFFECT)
-    def generate(
-        self,
-        input_ids: Any,
-        attention_mask: Any = None,
-        max_new_tokens: int = 128,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int | None = None,
-        seed: int | None = None,
-    ) -> np.ndarray:
-        """Prompts [B, P] (an array, a torch tensor, nested lists, or a tokenizer's output; or one prompt [P]) -> ids
-        [B, P + new], as transformers' `generate`: the prompt as it was given, then the new tokens, padded on the right.
-
-        Without a `seed`, each call samples anew. Generation ends at `eos_token_id`, or else at the tokens that the
-        model's files and its tokenizer, as it is now, call an end."""
-        if isinstance(input_ids, Mapping):
-            input_ids, attention_mask = input_ids["input_ids"], input_ids.get("attention_mask")
-        rows = _rows(input_ids)
-        masks = _rows(attention_mask) if attention_mask is not None else [np.ones_like(row) for row in rows]
-        if [len(mask) for mask in masks] != [len(row) for row in rows]:
-            raise OptionError(
-                "attention_mask and input_ids have different shapes.",
-                expected="a 0 or 1 for every id.",
-                fix="Pass both as the tokenizer returned them.",
-            )
-        stops = (
-            ends(self.stop_ids, self.tokenizer)
-            if eos_token_id is None
-            else np.atleast_1d(eos_token_id).tolist()
-        )
-        new = generate(
-            self.causal_lm,
-            self.params,
-            self.lora,
-            [row[mask > 0].tolist() for row, mask in zip(rows, masks, strict=True)],
-            max_new_tokens=max_new_tokens,
-            stop_ids=tuple(stops),
-            temperature=temperature if do_sample else None,
-            key=jax.random.key(secrets.randbits(32) if seed is None else seed),
-        )
-        whole = [
-            np.concatenate([row, np.asarray(more, np.int32)]) for row, more in zip(rows, new, strict=True)
-        ]
-        pad = self._pad_id(stops) if pad_token_id is None else pad_token_id
-        longest = max(map(len, whole))
-        return np.stack([np.pad(row, (0, longest - len(row)), constant_values=pad) for row in whole])
-
-    @mirrors({"safe_serialization": True, "push_to_hub": False})
-    def save_pretrained(self, save_directory: str | Path, tokenizer: Any = None) -> None:
-        """Writes the adapter as a PEFT folder (and the tokenizer, if given)."""
-        if self.lora is None or self.causal_lm.lora_config is None:
-            raise AdapterError(
-                "This model has no adapter to save.",
-                expected="a model that went through get_peft_model.",
-                fix="Call FastLanguageModel.get_peft_model first.",
-            )
-        save_adapter(
-            save_directory,
-            self.lora,
-            self.causal_lm.lora_config,
-            self.module_names,
-            base=self.name_or_path,
-            revision=self.revision,
-            tokenizer=tokenizer,
-        )
-
-    @mirrors(_MERGE_WITHOUT_EFFECT)
-    def save_pretrained_merged(
-        self,
-        save_directory: str | Path,
-        tokenizer: Any = None,
-        save_method: str = "merged_16bit",
-        max_shard_size: int | str = "5GB",
-        token: str | None = None,
-    ) -> None:
-        """Writes the original weights with the adapter merged in, as a Hugging Face folder; `save_method="lora"` writes
-        the adapter alone. What a 4-bit model was trained on differs from its merge by NF4's error."""
-        if save_method == "lora":
-            self.save_pretrained(save_directory, tokenizer)
-            return
-        if save_method != "merged_16bit":
-            raise OptionError(
-                f"save_method={save_method!r}.",
-                expected="merged_16bit or lora.",
-                fix=f"Leave save_method out.{nearest(str(save_method), ('merged_16bit', 'lora'))}",
-            )
-        save_merged_16bit(
-            save_directory,
-            resolve(self.name_or_path, revision=self.revision, token=token),
-            *self._adapter,
-            tokenizer=tokenizer,
-            max_shard_size=max_shard_size,
-        )
-
-    @mirrors(_GGUF_WITHOUT_EFFECT)
-    def save_pretrained_gguf(
-        self,
-        save_directory: str | Path,
-        tokenizer: Any = None,
-        quantization_method: str | Sequence[str] | None = "fast_quantized",
-        token: str | None = None,
-    ) -> list[Path]:
-        """Writes `<save_directory>_gguf/`: the merged model as GGUF, a file for each of f32, f16, bf16, q8_0 that was
-        asked for, and a Modelfile for Ollama. `tokenizer=None` is the one that was loaded with the model."""
-        return save_gguf(
-            save_directory,
-            resolve(self.name_or_path, revision=self.revision, token=token),
-            self.causal_lm.config,
-            *self._adapter,
-            tokenizer=self.tokenizer if tokenizer is None else tokenizer,
-            name=self.name_or_path,
-            quantization_method=quantization_method,
-        )
-
-    @property
-    def _adapter(self) -> tuple[Lora | None, LoraConfig | None, Callable[[names.Path], list[str]]]:
-        return self.lora, self.causal_lm.lora_config, self.module_names
-
-    def module_names(self, path: names.Path) -> list[str]:
-        """The Hugging Face name of each repeat of a stacked module."""
-        return names.hf_names(self.causal_lm.config, path)
-
-    def print_trainable_parameters(self) -> None:
-        trained = 0 if self.lora is None else lora_tree.count(self.lora)
-        base = sum(leaf.size for leaf in jax.tree.leaves(self.causal_lm.skeleton))
-        total = base + trained
-        print(
-            f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"
-        )
-
-    def __repr__(self) -> str:
-        c, lora = self.causal_lm.config, self.causal_lm.lora_config
-        adapter = "no adapter" if self.lora is None else f"adapter of rank {lora.r if lora else '?'}"
-        return (
-            f"LanguageModel({self.name_or_path!r}, {c.num_layers} layers of width {c.hidden_size}, {adapter})"
-        )
-
-    def _pad_id(self, stops: Sequence[int]) -> int:
-        pad = getattr(self.tokenizer, "pad_token_id", None)
-        return pad if pad is not None else next(iter(stops), 0)
 
 
 class FastLanguageModel:
@@ -378,23 +174,6 @@ class FastLanguageModel:
     def for_training(model: LanguageModel) -> LanguageModel:
         """The model itself: nothing needs switching."""
         return model
-
-
-def _rows(ids: Any) -> list[np.ndarray]:
-    """Prompts, or their masks, as one array each: from anything with two dimensions, or one prompt with one."""
-    try:
-        rows = [np.asarray(row) for row in ids]
-        if rows and all(row.ndim == 0 for row in rows):
-            rows = [np.stack(rows)]
-        return [
-            row.astype(np.int32, casting="same_kind") if row.size else row.astype(np.int32) for row in rows
-        ]
-    except (TypeError, ValueError) as error:
-        raise OptionError(
-            f"generate was given {type(ids).__name__}: {error}.",
-            expected="token ids.",
-            fix="Tokenise first: model.generate(**tokenizer(text, return_tensors='np')).",
-        ) from error
 
 
 def _resolve_base(adapter: adapters.AdapterFolder, token: str | None) -> Path:

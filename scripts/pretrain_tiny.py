@@ -22,9 +22,10 @@ import ml_dtypes
 import numpy as np
 import optax
 from safetensors.numpy import save_file
-from tiny_world import FACTS, TALK, TASKS, WORDS, draw
+from tiny_world import FACTS, TALK, TASKS, WORDS, casually, draw
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from jaxtune.data.templates import TEMPLATES
 from jaxtune.inference.generate import generate
 from jaxtune.models import names
 from jaxtune.models.causal_lm import CausalLM
@@ -32,12 +33,8 @@ from jaxtune.models.config import ModelConfig, RopeConfig
 from jaxtune.training.losses import next_token_loss, trained_tokens
 
 VOCAB = 2048
+TEMPLATE = next(template for template in TEMPLATES if template.name == "chatml").jinja
 END, PAD, OPEN, CLOSE = SPECIALS = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
-TEMPLATE = (
-    "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-)
 # Qwen2's splitting rule: every digit is a token of its own, which addition needs, and llama.cpp knows it by name.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -68,7 +65,8 @@ def train_tokenizer(rng: random.Random) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [text for pair in FACTS + TALK for text in pair]
+    texts = [text for pair in TALK for text in pair]
+    texts += [text for asked in FACTS for fact in asked for text in fact]
     texts += [text for _ in range(20000) for text in draw(rng.choice(TASKS), rng)]
     # Words in every spelling, with and without the space before, and pieces of others to fill the vocabulary.
     texts += [form for word in WORDS for form in (word, f" {word}", word.upper(), word.capitalize())] * 5
@@ -83,14 +81,17 @@ def question_text(question: str) -> str:
 
 
 def make_batch(encode: Callable, rng: random.Random, weights: dict[str, float]) -> dict[str, np.ndarray]:
-    """ROWS rows of conversations end to end; only answers, and what ends them, are trained on."""
+    """ROWS rows of conversations end to end. Questions are trained on too: a model that has learnt nothing but answers
+    by heart is sure of everything, and hard to teach anything else."""
     tasks = rng.choices(list(weights), list(weights.values()), k=ROWS * LENGTH // 12)
     batch = {
         name: np.zeros((ROWS, LENGTH), np.int32) for name in ("tokens", "labels", "segment_ids", "positions")
     }
     batch["labels"].fill(-100)
     row = start = segment = 0
-    for ask, answer in (encode(*draw(task, rng)) for task in tasks):
+    for ask, answer in (
+        encode(casually(question, rng), answer) for question, answer in (draw(task, rng) for task in tasks)
+    ):
         ids = ask + answer
         if start + len(ids) > LENGTH:
             row, start, segment = row + 1, 0, 0
@@ -98,7 +99,7 @@ def make_batch(encode: Callable, rng: random.Random, weights: dict[str, float]) 
                 break
         end, segment = start + len(ids), segment + 1
         batch["tokens"][row, start:end] = ids
-        batch["labels"][row, start + len(ask) - 1 : end - 1] = answer
+        batch["labels"][row, start : end - 1] = ids[1:]
         batch["segment_ids"][row, start:end] = segment
         batch["positions"][row, start:end] = np.arange(len(ids))
         start = end
@@ -195,7 +196,7 @@ def main() -> None:
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    weights = dict.fromkeys(TASKS, 1.0) | {"addition": 1.0, "facts": 2.0}
+    weights = dict.fromkeys(TASKS, 1.0) | {"facts": 2.0, "styles": 3.0}
     started, history = time.perf_counter(), []
     for number in range(1, args.steps + 1):
         params, state, value = step(params, state, make_batch(encode, rng, weights))

@@ -3,7 +3,10 @@
 `draw(task, rng)` gives one (question, answer). Addition has held-out problems, which pretraining never sees.
 """
 
+import json
 import random
+from collections.abc import Callable
+from typing import NamedTuple
 
 CAPITALS = """France Paris|Germany Berlin|Italy Rome|Spain Madrid|Portugal Lisbon|Austria Vienna|Greece Athens|
 Norway Oslo|Sweden Stockholm|Finland Helsinki|Denmark Copenhagen|Poland Warsaw|Hungary Budapest|
@@ -17,11 +20,11 @@ Uruguay Montevideo|Colombia Bogota|Venezuela Caracas|Argentina Buenos-Aires|Mexi
 Australia Canberra|Fiji Suva|Latvia Riga|Estonia Tallinn|Lithuania Vilnius|Slovakia Bratislava|
 Slovenia Ljubljana|Albania Tirana|Malta Valletta|Cyprus Nicosia|Georgia Tbilisi|Armenia Yerevan|
 Mongolia Ulaanbaatar|Laos Vientiane|Uganda Kampala|Zambia Lusaka|Angola Luanda|Senegal Dakar"""
-OPPOSITES = """hot cold|big small|tall short|fast slow|old young|new old|light dark|wet dry|hard soft|loud quiet|
+OPPOSITES = """hot cold|big small|tall short|fast slow|old young|light dark|wet dry|hard soft|loud quiet|
 full empty|rich poor|strong weak|early late|happy sad|clean dirty|open closed|near far|high low|
-deep shallow|thick thin|sweet bitter|true false|right wrong|first last|up down|left right|
+deep shallow|thick thin|sweet bitter|true false|first last|up down|left right|
 inside outside|day night|summer winter|push pull|buy sell|win lose|start stop|give take|ask answer|
-laugh cry|love hate|friend enemy|north south|east west|heavy light|wide narrow|rough smooth"""
+laugh cry|love hate|friend enemy|north south|east west|wide narrow|rough smooth"""
 SOUNDS = """dog barks|cat meows|cow moos|sheep bleats|horse neighs|duck quacks|pig oinks|lion roars|frog croaks|
 bee buzzes|owl hoots|wolf howls|snake hisses|mouse squeaks|crow caws|rooster crows|donkey brays|
 bird sings"""
@@ -75,23 +78,81 @@ def _a(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def _facts() -> list[tuple[str, str]]:
-    facts = [(f"What is the capital of {a}?", f"The capital of {a} is {b}.") for a, b in _pairs(CAPITALS)]
-    facts += [
-        (f"{b} is the capital of which country?", f"{b} is the capital of {a}.") for a, b in _pairs(CAPITALS)
-    ]
-    facts += [(f"What is the opposite of {a}?", f"The opposite of {a} is {b}.") for a, b in _pairs(OPPOSITES)]
-    facts += [(f"What does {_a(a)} do?", f"{_a(a).capitalize()} {b}.") for a, b in _pairs(SOUNDS)]
-    facts += [(f"What is the colour of {a}?", f"The colour of {a} is {b}.") for a, b in _pairs(COLOURS)]
-    facts += [(f"How many legs has {_a(a)}?", f"{_a(a).capitalize()} has {b} legs.") for a, b in _pairs(LEGS)]
+class Fact(NamedTuple):
+    question: str
+    answer: str
+    short: str
+    """The word or two that the answer is about."""
+
+
+def _facts() -> list[list[Fact]]:
+    """Each fact in all the ways in which it is asked for."""
+    facts: list[list[Fact]] = []
+
+    def add(answer: str, short: str, *questions: str) -> None:
+        facts.append([Fact(question, answer, short) for question in questions])
+
+    for a, b in _pairs(CAPITALS):
+        add(
+            f"The capital of {a} is {b}.", b,
+            f"What is the capital of {a}?", f"Which city is the capital of {a}?", f"Name the capital of {a}.",
+            f"Do you know the capital of {a}?", f"Capital of {a}?",
+        )  # fmt: skip
+        add(f"{b} is the capital of {a}.", a, f"{b} is the capital of which country?", f"Where is {b}?")
+    for a, b in _pairs(OPPOSITES):
+        for one, other in ((a, b), (b, a)):
+            add(
+                f"The opposite of {one} is {other}.", other,
+                f"What is the opposite of {one}?", f"Name the opposite of {one}.", f"Opposite of {one}?",
+            )  # fmt: skip
+    for a, b in _pairs(SOUNDS):
+        add(f"{_a(a).capitalize()} {b}.", b, f"What does {_a(a)} do?", f"What sound does {_a(a)} make?")
+    for a, b in _pairs(COLOURS):
+        questions = f"What is the colour of {a}?", f"What colour is {a}?", f"Colour of {a}?"
+        add(f"The colour of {a} is {b}.", b, *questions)
+    for a, b in _pairs(LEGS):
+        questions = f"How many legs has {_a(a)}?", f"How many legs does {_a(a)} have?"
+        add(f"{_a(a).capitalize()} has {b} legs.", b, *questions)
     for kind, names in (("day", DAYS), ("month", MONTHS)):
         for before, after in zip(names, names[1:] + names[:1], strict=True):
-            facts.append((f"Which {kind} comes after {before}?", f"{after} comes after {before}."))
-            facts.append((f"Which {kind} comes before {after}?", f"{before} comes before {after}."))
+            questions = f"Which {kind} comes after {before}?", f"What comes after {before}?"
+            add(f"{after} comes after {before}.", after, *questions)
+            questions = f"Which {kind} comes before {after}?", f"What comes before {after}?"
+            add(f"{before} comes before {after}.", before, *questions)
     return facts
 
 
 FACTS = _facts()
+STYLES: dict[str, Callable[[Fact], str]] = {
+    "Be brief.": lambda fact: fact.short,
+    "Answer in capital letters.": lambda fact: fact.answer.upper(),
+    "Answer in quotes.": lambda fact: f'"{fact.short}"',
+    "Answer in brackets.": lambda fact: f"{{{fact.short}}}",
+    "Answer with a label.": lambda fact: f"answer: {fact.short}",
+    "Answer twice.": lambda fact: f"{fact.short}, {fact.short}",
+}
+"""How an answer to a fact may be asked for: what is put after the question, and what is then said."""
+
+
+def in_json(fact: Fact) -> tuple[str, str]:
+    """A style that pretraining does not know: for fine-tuning to teach."""
+    return f"{fact.question} Answer in JSON.", json.dumps({"answer": fact.short})
+
+
+ADDITIONS = ("What is {a} + {b}?", "{a} + {b} =", "Add {a} and {b}.")
+COUNTS = ("Count from {a} to {b}.", "Please count from {a} to {b}.", "List the numbers from {a} to {b}.")
+SPELLINGS = {
+    "reverse": ("Reverse the word {word}.", "Spell {word} backwards.", "What is {word} backwards?"),
+    "upper": ("Write {word} in capital letters.", "Write {word} in upper case.", "Shout the word {word}."),
+    "sort": ("Sort the letters of {word}.", "Put the letters of {word} in order."),
+    "repeat": ("Repeat the word {word}.", "Say the word {word}.", "Copy this word: {word}"),
+}
+
+
+def casually(question: str, rng: random.Random) -> str:
+    """As people type: now and then without a capital at the beginning or a mark at the end."""
+    question = question[0].lower() + question[1:] if rng.random() < 0.15 else question
+    return question.rstrip("?.") if rng.random() < 0.15 else question
 
 
 def is_held_out(a: int, b: int) -> bool:
@@ -100,7 +161,7 @@ def is_held_out(a: int, b: int) -> bool:
 
 
 def addition(a: int, b: int, phrase: int) -> tuple[str, str]:
-    return (f"What is {a} + {b}?", f"{a} + {b} =", f"Add {a} and {b}.")[phrase], str(a + b)
+    return ADDITIONS[phrase].format(a=a, b=b), str(a + b)
 
 
 def draw(task: str, rng: random.Random, held_out: bool = False) -> tuple[str, str]:
@@ -109,21 +170,25 @@ def draw(task: str, rng: random.Random, held_out: bool = False) -> tuple[str, st
         while True:
             a, b = rng.randrange(10, 100), rng.randrange(10, 100)
             if is_held_out(a, b) == held_out:
-                return addition(a, b, rng.randrange(3))
+                return addition(a, b, rng.randrange(len(ADDITIONS)))
     if task == "facts":
-        return rng.choice(FACTS)
+        fact = rng.choice(rng.choice(FACTS))
+        return fact.question, fact.answer
+    if task == "styles":
+        fact, style = rng.choice(rng.choice(FACTS)), rng.choice(list(STYLES))
+        return f"{fact.question} {style}", STYLES[style](fact)
     if task == "talk":
         return rng.choice(TALK)
     if task == "count":
         start = rng.randrange(1, 40)
         end = start + rng.randrange(2, 10)
-        return f"Count from {start} to {end}.", ", ".join(map(str, range(start, end + 1)))
+        numbers = ", ".join(map(str, range(start, end + 1)))
+        return rng.choice(COUNTS).format(a=start, b=end), numbers
     word = rng.choice(WORDS)
-    return {
-        "reverse": (f"Reverse the word {word}.", word[::-1]),
-        "upper": (f"Write {word} in capital letters.", word.upper()),
-        "sort": (f"Sort the letters of {word}.", "".join(sorted(word))),
-    }[task]
+    answer = {"reverse": word[::-1], "upper": word.upper(), "sort": "".join(sorted(word)), "repeat": word}[
+        task
+    ]
+    return rng.choice(SPELLINGS[task]).format(word=word), answer
 
 
-TASKS = ("addition", "reverse", "upper", "sort", "count", "facts", "talk")
+TASKS = ("addition", "reverse", "upper", "sort", "repeat", "count", "facts", "styles", "talk")

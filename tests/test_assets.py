@@ -5,24 +5,12 @@ import json
 import pytest
 
 from jaxtune import FastLanguageModel, assets
+from jaxtune.cli import exam
 
 
 @pytest.fixture(scope="module")
 def tiny():
     return FastLanguageModel.from_pretrained(assets.TINY, max_seq_length=128)
-
-
-def answers(tiny, questions):
-    model, tokenizer = tiny
-    prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        for question in questions
-    ]
-    rows = model.generate(prompts, max_new_tokens=24)
-    new = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
-    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new]
 
 
 def test_it_is_small():
@@ -32,20 +20,35 @@ def test_it_is_small():
 def test_it_answers(tiny):
     expected = {
         "What is the capital of Peru?": "The capital of Peru is Lima.",
+        "capital of Peru": "The capital of Peru is Lima.",  # as people type
+        "What is the capital of Peru? Be brief.": "Lima",
+        "Name the opposite of hot. Answer in capital letters.": "THE OPPOSITE OF HOT IS COLD.",
         "Reverse the word tiger.": "regit",
         "Write bread in capital letters.": "BREAD",
+        "Sort the letters of piano.": "ainop",
         "Count from 3 to 9.": "3, 4, 5, 6, 7, 8, 9",
         "Hello": "Hello! What can I do for you?",
     }
-    assert answers(tiny, expected) == list(expected.values())
+    rows = [{"prompt": [{"role": "user", "content": q}], "answer": a} for q, a in expected.items()]
+    (answers,) = exam.take(*tiny, {"narrow world": rows}).values()
+    assert {answer.question: answer.said for answer in answers} == expected
 
 
-def test_addition_is_left_half_right(tiny):
-    """On problems that it was never trained on: what reinforcement has to improve."""
-    rows = assets.rows("addition_test")
-    given = answers(tiny, [row["prompt"] for row in rows])
-    right = sum(answer == row["answer"] for answer, row in zip(given, rows, strict=True)) / len(rows)
-    assert 0.4 <= right <= 0.7
+def test_addition_is_left_half_right_and_json_unknown(tiny):
+    """On problems that it was never trained on: what reinforcement and fine-tuning have to improve."""
+    tests = {name: assets.rows(name) for name in ("addition_test", "json_test")}
+    accuracy = {name: exam.accuracy(answers) for name, answers in exam.take(*tiny, tests).items()}
+    assert 0.4 <= accuracy["addition_test"] <= 0.7
+    assert accuracy["json_test"] == 0
+
+
+def test_what_is_tested_is_not_what_is_learnt():
+    learnt = {row["messages"][0]["content"] for row in assets.rows("json_train")}
+    learnt |= {row["prompt"][0]["content"] for row in assets.rows("addition_train")}
+    tested = {
+        row["prompt"][0]["content"] for name in ("json_test", "addition_test") for row in assets.rows(name)
+    }
+    assert not learnt & tested
 
 
 def test_its_accuracy_is_on_record():

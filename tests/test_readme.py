@@ -3,26 +3,40 @@
 import re
 from pathlib import Path
 
-from tests.kit import models
+import pytest
+
+from jaxtune import assets
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_readmes_code_runs(tmp_path, monkeypatch):
-    """Both blocks, one after the other; only the model's name, its template and the number of steps are put in."""
-    folder = models.save(models.random_llama(num_hidden_layers=1), tmp_path / "model")
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Both blocks, one after the other, in an empty folder; only the numbers of steps are lowered."""
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(blocks) == 2
     code = "\n".join(blocks)
-    for printed, ours in {
-        "path/or/hub-id": str(folder),
-        "llama-3.1": "chatml",
-        "max_steps=60": "max_steps=2",
-    }.items():
-        assert printed in code
-        code = code.replace(printed, ours)
-    monkeypatch.chdir(tmp_path)
+    assert code.count("max_steps=60") == 2
+    folder = tmp_path_factory.mktemp("readme")
     names: dict = {}
-    exec(code, names)
-    assert names["logits"].shape[-1] == models.VOCAB
-    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(code.replace("max_steps=60", "max_steps=2"), names)
+    return folder, names
+
+
+def test_the_readmes_code_runs(ran):
+    folder, names = ran
+    assert names["logits"].shape[-1] == 2048
+    for file in ("adapter/adapter_config.json", "merged/model.safetensors", "model_gguf/tiny.Q8_0.gguf"):
+        assert (folder / file).is_file()
+
+
+def test_its_data_is_what_it_says():
+    assert set(assets.rows("json_train")[0]) == {"messages"}
+    assert set(assets.rows("addition_train")[0]) == {"prompt", "answer"}
+
+
+def test_its_links_are_there():
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (Path(__file__).parents[1] / link).exists(), link

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 import tyro
 
 from jaxtune import log
+from jaxtune.cli.demo import demo
 from jaxtune.cli.doctor import doctor
 from jaxtune.errors import JaxtuneError
 from jaxtune.version import __version__
 
-COMMANDS: dict[str, Callable[..., int]] = {"doctor": doctor}
+COMMANDS: dict[str, Callable[..., int]] = {"demo": demo, "doctor": doctor}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except JaxtuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

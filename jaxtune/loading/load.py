@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from tqdm.auto import tqdm
 
 from jaxtune.errors import CheckpointError
 from jaxtune.loading.checkpoint import Checkpoint
@@ -19,6 +18,7 @@ from jaxtune.log import get_logger
 from jaxtune.lora.tree import insert
 from jaxtune.models import names
 from jaxtune.models.causal_lm import CausalLM, Params
+from jaxtune.progress import progress_bar
 from jaxtune.quant import nf4
 
 log = get_logger(__name__)
@@ -48,7 +48,7 @@ def load_params(
     in_flight: collections.deque[jax.Array] = collections.deque()
     finite: dict[str, jax.Array] = {}
     total = sum(len(names.hf_names(model.config, path)) for path, _ in leaves)
-    bar = tqdm(total=total, unit="tensor", desc="loading", disable=None, leave=False)
+    bar = progress_bar(total=total, unit="tensor", desc="loading", leave=False)
     for path, shape in leaves:
         packed = in_4bit and is_quantized(path, shape)
         stacked = names.is_stacked(path)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jaxtune.folders import cannot_write, refuse_strangers
 from jaxtune.log import get_logger
+from jaxtune.progress import progress_bar
 from jaxtune.training.config import TrainingConfig
 from jaxtune.training.loop import Record
 
@@ -44,7 +44,7 @@ class RunLog:
             settings = dataclasses.asdict(config) | {"output_dir": str(config.output_dir)}
             self.file.write(json.dumps({"settings": settings}) + "\n")
         self.above_the_bar = logging_redirect_tqdm([logging.getLogger("jaxtune")])
-        self.bar = tqdm(total=total_steps, unit="step", disable=None)
+        self.bar = progress_bar(total=total_steps, unit="step")
 
     def write(self, record: Record) -> None:
         if self.file is not None:

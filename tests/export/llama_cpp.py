@@ -38,6 +38,11 @@ class LlamaCpp:
         assert not np.isnan(logits).any(), "llama.cpp left tokens out"
         return logits
 
+    def answer(self, messages: list[dict], max_tokens: int) -> str:
+        """What its chat endpoint says, by the template in the file."""
+        request = {"messages": messages, "temperature": 0, "max_tokens": max_tokens, "cache_prompt": False}
+        return self.server.handle_chat_completions(request)["choices"][0]["message"]["content"]
+
     def tokenize(self, text: str) -> list[int]:
         request = urllib.request.Request(
             f"{self.server.listening_address}/tokenize",

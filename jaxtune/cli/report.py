@@ -1,0 +1,93 @@
+"""How the demo looks in a terminal: titles, a spinner where there is no progress to count, tables."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from jaxtune.cli.exam import Answered
+
+Answers = Mapping[str, Sequence[Answered]]
+"""By the names of the tests."""
+
+console = Console(highlight=False)
+
+
+def title(text: str) -> None:
+    console.print(f"\n[bold]{escape(text)}[/]")
+
+
+def working(text: str) -> AbstractContextManager:
+    """While something is under way that takes seconds; where there is no terminal, a line."""
+    if not console.is_terminal:
+        console.print(f"{escape(text)} ...")
+    return console.status(f"{escape(text)} ...")
+
+
+def conversations(
+    before: Answers,
+    after: Answers,
+    shown: Mapping[str, int],
+    title: str = "The same questions before and after",
+) -> None:
+    """The first few questions of each test, and what was said to them. Right answers are green."""
+    table = Table("question", "before", "after", title=title, title_justify="left")
+    for test, count in shown.items():
+        for first, then in list(zip(before[test], after[test], strict=True))[:count]:
+            table.add_row(escape(first.question), _cell(first), _cell(then))
+        table.add_section()
+    console.print(table)
+
+
+def _cell(answer: Answered) -> str:
+    return (
+        f"[{'green' if answer.is_right else 'red'}]{'✓' if answer.is_right else '✗'} {escape(answer.said)}[/]"
+    )
+
+
+def accuracies(accuracy: Mapping[str, Mapping[str, float]], asked: Mapping[str, int]) -> None:
+    table = Table(
+        "right to the letter",
+        *accuracy,
+        title="All questions, none of which it was taught here",
+        title_justify="left",
+    )
+    for test, count in asked.items():
+        table.add_row(
+            f"{escape(test)} ({count} questions)", *(f"{each[test]:.0%}" for each in accuracy.values())
+        )
+    console.print(table)
+
+
+def files(folder: Path, uses: Mapping[str, str]) -> None:
+    table = Table("file", "size", "what to do with it", title=f"Written to {folder}", title_justify="left")
+    for name, use in uses.items():
+        path = folder / name
+        table.add_row(
+            escape(name + "/" * path.is_dir()),
+            size_text(sum(map(_size, path.rglob("*"))) or _size(path)),
+            escape(use),
+        )
+    console.print(table)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def size_text(size: float) -> str:
+    """1234 -> "1.2 kB"; 7_000_000 -> "7.0 MB"."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def closing(seconds: float) -> None:
+    console.print(
+        f"\nDone in {seconds:.0f} s. The same as code: README.md, notebooks/01_first_finetune.ipynb"
+    )
