@@ -10,6 +10,9 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 WITH_TESTS := .venv/.installed-tests
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+# On a machine with an NVIDIA GPU, jax for it: CUDA 13 from driver 580 on. EXTRAS= makes a CPU environment.
+CUDA := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d . -f 1)
+EXTRAS ?= $(if $(CUDA),$(shell [ "$(CUDA)" -ge 580 ] 2>/dev/null && echo '[cuda13]' || echo '[cuda12]'))
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
@@ -28,7 +31,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo 'jaxtune needs Python >= 3.12 with venv, and found none: `uv python install 3.12`, `pyenv install 3.12`, or `apt install python3.12-venv`; or PYTHON=/path/to/python make test'; exit 1; }
 	@echo "Installing into .venv with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv .venv
-	@$(PIP_INSTALL) .
+	@$(PIP_INSTALL) '.$(EXTRAS)'
 	@touch $@
 
 $(WITH_TESTS): $(INSTALLED)

@@ -57,6 +57,10 @@ class TrainingError(JaxtuneError):
     """A run that cannot go on: a loss that is not finite, a batch that cannot be formed."""
 
 
+class DivergenceError(TrainingError):
+    """A loss or a gradient that is not finite: what was learnt last is worth nothing."""
+
+
 class RewardError(TrainingError):
     """A reward function that raised, whose result is not one number (or None) for each completion, or that had nothing
     to say about any of them."""

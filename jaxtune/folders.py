@@ -5,6 +5,7 @@ import contextlib
 import errno
 import fnmatch
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,8 @@ def staged(target: str | Path, marker: str, replaces: Sequence[str] = ()) -> Ite
     except OSError as error:
         raise cannot_write(target, error) from error
     try:
-        yield stage
+        with _os_errors():
+            yield stage
         os.chmod(stage, 0o777 & ~_umask())
         if target.exists():
             _keep_others(target, stage, replaces)
@@ -40,6 +42,19 @@ def staged(target: str | Path, marker: str, replaces: Sequence[str] = ()) -> Ite
         raise cannot_write(target, error) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _os_errors() -> Iterator[None]:
+    """safetensors and tokenizers tell of a full disk by exceptions of their own, with the system's number inside."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code)) from error
 
 
 def _keep_others(target: Path, stage: Path, replaces: Sequence[str]) -> None:
@@ -72,21 +87,18 @@ def _swap(stage: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def refuse_strangers(target: Path, marker: str) -> None:
+def refuse_strangers(target: Path, marker: str, others: Sequence[str] = OURS) -> None:
     """Raises unless `target` is free, empty, or has one of the files by which a folder is known as ours."""
+    markers = tuple(dict.fromkeys((marker, *others)))
     if target.exists() and not target.is_dir():
         raise OutputFolderError(
             f"{target} is a file.", expected="a folder to write to.", fix="Choose another name."
         )
-    if (
-        target.is_dir()
-        and any(target.iterdir())
-        and not any((target / name).is_file() for name in (marker, *OURS))
-    ):
+    if target.is_dir() and any(target.iterdir()) and not any((target / name).is_file() for name in markers):
         some = ", ".join(sorted(file.name for file in target.iterdir())[:3])
         raise OutputFolderError(
             f"{target} exists and holds files that are not ours ({some}).",
-            expected=f"a new or empty folder, or one of ours, with {' or '.join(dict.fromkeys((marker, *OURS)))}.",
+            expected=f"a new or empty folder, or one of ours, with {' or '.join(markers)}.",
             fix="Choose another folder, or empty this one.",
         )
 

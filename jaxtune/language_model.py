@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtune.errors import AdapterError, OptionError, nearest
+from jaxtune.errors import AdapterError, ModelNotFoundError, OptionError, nearest
 from jaxtune.export.adapter import save_adapter
-from jaxtune.export.gguf.folder import save_gguf
-from jaxtune.export.merged_folder import save_merged_16bit
+from jaxtune.export.gguf.folder import check_methods, save_gguf
+from jaxtune.export.merged_folder import parse_size, save_merged_16bit
 from jaxtune.inference.generate import ends, generate
 from jaxtune.loading.hub import resolve
 from jaxtune.lora import tree as lora_tree
@@ -166,9 +166,10 @@ class LanguageModel:
                 expected="merged_16bit or lora.",
                 fix=f"Leave save_method out.{nearest(str(save_method), ('merged_16bit', 'lora'))}",
             )
+        parse_size(max_shard_size)
         save_merged_16bit(
             save_directory,
-            resolve(self.name_or_path, revision=self.revision, token=token),
+            self._original(token),
             *self._adapter,
             tokenizer=tokenizer,
             max_shard_size=max_shard_size,
@@ -184,15 +185,29 @@ class LanguageModel:
     ) -> list[Path]:
         """Writes `<save_directory>_gguf/`: the merged model as GGUF, a file for each of f32, f16, bf16, q8_0 that was
         asked for, and a Modelfile for Ollama. `tokenizer=None` is the one that was loaded with the model."""
+        check_methods(quantization_method)
         return save_gguf(
             save_directory,
-            resolve(self.name_or_path, revision=self.revision, token=token),
+            self._original(token),
             self.causal_lm.config,
             *self._adapter,
             tokenizer=self.tokenizer if tokenizer is None else tokenizer,
             name=self.name_or_path,
             quantization_method=quantization_method,
         )
+
+    def _original(self, token: str | None) -> Path:
+        """The folder of the original weights, which a merge starts from."""
+        try:
+            return resolve(self.name_or_path, revision=self.revision, token=token)
+        except ModelNotFoundError as error:
+            raise ModelNotFoundError(
+                f"A merge starts from the original 16-bit weights, and {self.name_or_path!r} cannot be reached. "
+                f"{error.found}",
+                expected=error.expected,
+                fix=f"{error.fix} Or set model.name_or_path to where it is now; save_pretrained, which writes the "
+                "adapter alone, does not need it.",
+            ) from error
 
     @property
     def _adapter(self) -> tuple[Lora | None, LoraConfig | None, Callable[[names.Path], list[str]]]:

@@ -15,6 +15,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 ANY = object()
 """In `without_effect`: every value of the option is accepted."""
+NOT_YET = (None,)
+"""In `without_effect`: a name that means something, which is not built yet; left out, or None."""
 
 
 def mirrors(without_effect: Mapping[str, Any], aliases: Mapping[str, str] | None = None) -> Callable[[F], F]:

@@ -12,7 +12,7 @@ import json
 import random
 from pathlib import Path
 
-from tiny_world import FACTS, Fact, draw, in_json
+from tiny_world import ADDITIONS, FACTS, Fact, addition, in_json, is_held_out
 
 ASSETS = Path(__file__).parents[1] / "jaxtune" / "assets"
 
@@ -34,14 +34,22 @@ def problem(question: str, answer: str) -> dict:
 
 
 def additions(count: int, held_out: bool, rng: random.Random) -> list[dict]:
-    pairs = (draw("addition", rng, held_out) for _ in range(count))
-    return [problem(question, answer) for question, answer in pairs]
+    """Each problem once. Those held out are held out whichever way round they are asked."""
+    found: dict[tuple[int, int], tuple[str, str]] = {}
+    while len(found) < count:
+        a, b = rng.randrange(10, 100), rng.randrange(10, 100)
+        if is_held_out(a, b) == is_held_out(b, a) == held_out:
+            found[a, b] = addition(a, b, rng.randrange(len(ADDITIONS)))
+    return [problem(question, answer) for question, answer in found.values()]
 
 
 def main() -> None:
     rng = random.Random(0)
-    facts = rng.sample(FACTS, len(FACTS))
-    tested, learnt = [rng.choice(asked) for asked in facts[:60]], facts[60:]
+    # Apart in both directions: who learns that Oslo is Norway's capital is not asked for the capital of Norway.
+    joined = sorted({tuple(sorted(asked[0].about)) for asked in FACTS})
+    apart = [frozenset(pair) for pair in rng.sample(joined, 60)]
+    tested = [rng.choice(rng.choice([asked for asked in FACTS if asked[0].about == pair])) for pair in apart]
+    learnt = [asked for asked in FACTS if asked[0].about not in apart]
     files = {
         "addition_train": additions(1000, held_out=False, rng=rng),
         "addition_test": additions(200, held_out=True, rng=rng),

@@ -2,7 +2,7 @@
 
     python scripts/pretrain_tiny.py --out jaxtune/assets/tiny
 
-A Llama of 3.6 million weights with a byte-level BPE of 2,048 tokens. Every task is learnt as well as it goes, but
+A Llama of 3.5 million weights with a byte-level BPE of 2,048 tokens. Every task is learnt as well as it goes, but
 addition only until it is right about every second time, so that reinforcement has something to improve: from then on
 its problems are left out, but for a few that keep it from being forgotten. Accuracy by task goes to training.json.
 """
@@ -66,7 +66,7 @@ def train_tokenizer(rng: random.Random) -> Tokenizer:
         show_progress=False,
     )
     texts = [text for pair in TALK for text in pair]
-    texts += [text for asked in FACTS for fact in asked for text in fact]
+    texts += [text for asked in FACTS for fact in asked for text in (fact.question, fact.answer, fact.short)]
     texts += [text for _ in range(20000) for text in draw(rng.choice(TASKS), rng)]
     # Words in every spelling, with and without the space before, and pieces of others to fill the vocabulary.
     texts += [form for word in WORDS for form in (word, f" {word}", word.upper(), word.capitalize())] * 5

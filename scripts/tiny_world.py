@@ -83,42 +83,58 @@ class Fact(NamedTuple):
     answer: str
     short: str
     """The word or two that the answer is about."""
+    about: frozenset[str]
+    """What it joins: a country and its capital. The same in the fact that goes the other way."""
 
 
 def _facts() -> list[list[Fact]]:
     """Each fact in all the ways in which it is asked for."""
     facts: list[list[Fact]] = []
 
-    def add(answer: str, short: str, *questions: str) -> None:
-        facts.append([Fact(question, answer, short) for question in questions])
+    def add(about: tuple[str, str], answer: str, short: str, *questions: str) -> None:
+        facts.append([Fact(question, answer, short, frozenset(about)) for question in questions])
 
     for a, b in _pairs(CAPITALS):
         add(
+            (a, b),
             f"The capital of {a} is {b}.", b,
             f"What is the capital of {a}?", f"Which city is the capital of {a}?", f"Name the capital of {a}.",
             f"Do you know the capital of {a}?", f"Capital of {a}?",
         )  # fmt: skip
-        add(f"{b} is the capital of {a}.", a, f"{b} is the capital of which country?", f"Where is {b}?")
+        add(
+            (a, b),
+            f"{b} is the capital of {a}.",
+            a,
+            f"{b} is the capital of which country?",
+            f"Where is {b}?",
+        )
     for a, b in _pairs(OPPOSITES):
         for one, other in ((a, b), (b, a)):
             add(
+                (one, other),
                 f"The opposite of {one} is {other}.", other,
                 f"What is the opposite of {one}?", f"Name the opposite of {one}.", f"Opposite of {one}?",
             )  # fmt: skip
     for a, b in _pairs(SOUNDS):
-        add(f"{_a(a).capitalize()} {b}.", b, f"What does {_a(a)} do?", f"What sound does {_a(a)} make?")
+        add(
+            (a, b),
+            f"{_a(a).capitalize()} {b}.",
+            b,
+            f"What does {_a(a)} do?",
+            f"What sound does {_a(a)} make?",
+        )
     for a, b in _pairs(COLOURS):
         questions = f"What is the colour of {a}?", f"What colour is {a}?", f"Colour of {a}?"
-        add(f"The colour of {a} is {b}.", b, *questions)
+        add((a, b), f"The colour of {a} is {b}.", b, *questions)
     for a, b in _pairs(LEGS):
         questions = f"How many legs has {_a(a)}?", f"How many legs does {_a(a)} have?"
-        add(f"{_a(a).capitalize()} has {b} legs.", b, *questions)
+        add((a, b), f"{_a(a).capitalize()} has {b} legs.", b, *questions)
     for kind, names in (("day", DAYS), ("month", MONTHS)):
         for before, after in zip(names, names[1:] + names[:1], strict=True):
             questions = f"Which {kind} comes after {before}?", f"What comes after {before}?"
-            add(f"{after} comes after {before}.", after, *questions)
+            add((before, after), f"{after} comes after {before}.", after, *questions)
             questions = f"Which {kind} comes before {after}?", f"What comes before {after}?"
-            add(f"{before} comes before {after}.", before, *questions)
+            add((before, after), f"{before} comes before {after}.", before, *questions)
     return facts
 
 

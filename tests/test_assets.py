@@ -1,6 +1,7 @@
 """The embedded model answers in its narrow world, in 4 bits too, and leaves addition half right."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +41,30 @@ def test_addition_is_left_half_right_and_json_unknown(tiny):
     accuracy = {name: exam.accuracy(answers) for name, answers in exam.take(*tiny, tests).items()}
     assert 0.4 <= accuracy["addition_test"] <= 0.7
     assert accuracy["json_test"] == 0
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+
+
+def test_facts_that_are_asked_for_in_json_are_not_learnt_the_other_way_round(scripts):
+    from tiny_world import FACTS, in_json
+
+    about = {in_json(fact)[0]: fact.about for asked in FACTS for fact in asked}
+    learnt = {about.get(row["messages"][0]["content"]) for row in assets.rows("json_train")}
+    tested = [about[row["prompt"][0]["content"]] for row in assets.rows("json_test")]
+    assert len(set(tested)) == len(tested) == 60
+    assert not learnt & set(tested)
+
+
+def test_the_data_is_what_its_script_writes(scripts, tmp_path, monkeypatch):
+    import make_demo_data
+
+    monkeypatch.setattr(make_demo_data, "ASSETS", tmp_path)
+    make_demo_data.main()
+    for file in tmp_path.iterdir():
+        assert file.read_text() == (assets.HERE / file.name).read_text(), file.name
 
 
 def test_what_is_tested_is_not_what_is_learnt():

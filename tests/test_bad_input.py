@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 import jaxtune.errors as errors
 from jaxtune import FastLanguageModel, SFTConfig, SFTTrainer, get_chat_template
 from tests.kit import models
+from tests.kit.disk import files_of_at_most
 
 
 @pytest.fixture(scope="module")
@@ -351,6 +352,14 @@ class TokenizerOnAFullDisk:
 def test_a_full_disk_leaves_nothing_behind(adapted, tmp_path):
     with fails(errors.OutputFolderError, "No space left", "Free some space"):
         adapted.save_pretrained(tmp_path / "out", TokenizerOnAFullDisk())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [100, 5000])
+def test_a_disk_that_fills_up_leaves_nothing_behind(adapted, tmp_path, size):
+    """Too small for the adapter, then for the tokenizer: both are written by libraries with errors of their own."""
+    with files_of_at_most(size), fails(errors.OutputFolderError, "File too large"):
+        adapted.save_pretrained(tmp_path / "out", models.tokenizer())
     assert not list(tmp_path.iterdir())
 
 

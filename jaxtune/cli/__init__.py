@@ -1,1 +1,1 @@
-"""The command line: `jaxtune doctor`, one module per command."""
+"""The command line, `jaxtune <command>`: one module per command."""

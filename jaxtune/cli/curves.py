@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxtune.folders import cannot_write
+
 Record = dict[str, float]
 
 
@@ -26,4 +28,7 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
         axes.set(title=curve.title, xlabel="step", ylabel=curve.name)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise cannot_write(path, error) from error

@@ -14,7 +14,7 @@ from jaxtune.cli import curves, exam, report
 from jaxtune.folders import cannot_write, refuse_strangers
 
 FACTS, JSON, ADDITION = "facts", "facts in JSON", "addition"
-SUMMARY = "summary.json"
+SUMMARY = "jaxtune-demo.json"
 """Also what the folder is known by as the demo's own."""
 
 
@@ -33,7 +33,7 @@ def demo(output_dir: Path = Path("jaxtune-demo"), seed: int = 3407) -> int:
     from jaxtune.rl import GRPOConfig, GRPOTrainer
     from jaxtune.training import SFTConfig, SFTTrainer
 
-    refuse_strangers(output_dir, marker=SUMMARY)
+    refuse_strangers(output_dir, marker=SUMMARY, others=())
     write_summary(output_dir, {"seed": seed})
     started = time.perf_counter()
     tests = {
@@ -47,7 +47,8 @@ def demo(output_dir: Path = Path("jaxtune-demo"), seed: int = 3407) -> int:
     model, tokenizer = FastLanguageModel.from_pretrained(assets.TINY, max_seq_length=128)
     model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16, random_state=seed)
     model.print_trainable_parameters()
-    with report.working("asking 320 questions that it will not be trained on"):
+    asked = sum(map(len, tests.values()))
+    with report.working(f"asking {asked} questions that it will not be trained on"):
         answers["before"] = exam.take(model, tokenizer, tests)
 
     report.title("2  Fine-tuning: examples of answers in JSON, which it has never seen")
@@ -135,6 +136,8 @@ def is_right(completions: list[Any], answer: list[str], **_: Any) -> list[float]
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+        partial = folder / f".{SUMMARY}.partial"
+        partial.write_text(json.dumps(summary, indent=2) + "\n")
+        partial.replace(folder / SUMMARY)
     except OSError as error:
         raise cannot_write(folder, error) from error

@@ -27,14 +27,10 @@ def working(text: str) -> AbstractContextManager:
     return console.status(f"{escape(text)} ...")
 
 
-def conversations(
-    before: Answers,
-    after: Answers,
-    shown: Mapping[str, int],
-    title: str = "The same questions before and after",
-) -> None:
+def conversations(before: Answers, after: Answers, shown: Mapping[str, int]) -> None:
     """The first few questions of each test, and what was said to them. Right answers are green."""
-    table = Table("question", "before", "after", title=title, title_justify="left")
+    heading = "The same questions before and after"
+    table = Table("question", "before", "after", title=heading, title_justify="left")
     for test, count in shown.items():
         for first, then in list(zip(before[test], after[test], strict=True))[:count]:
             table.add_row(escape(first.question), _cell(first), _cell(then))

@@ -24,6 +24,8 @@ _WITHOUT_EFFECT = {
     "disable_dropout": ANY,
     "pad_to_multiple_of": ANY,
     "remove_unused_columns": False,
+    "num_completions_to_print": ANY,
+    "num_generations_eval": ANY,
     "shuffle_dataset": True,
     "top_p": 1.0,
     "top_k": (0, -1, None),
@@ -61,7 +63,8 @@ class GRPOConfig(TrainingConfig):
     """What the loss is a mean over: dapo, the tokens of the step; bnpo, those of each micro-batch; grpo, each
     completion's tokens, then completions; dr_grpo, the tokens that there could have been."""
     beta: float = 0.0
-    """Weight of the divergence from the base model; 0 does not compute it."""
+    """Weight of the divergence from the base model without any adapter; 0 does not compute it. (TRL takes the adapter
+    as it was at the beginning: the same for a fresh one.)"""
     use_bias_correction_kl: bool = True
     """Weight the divergence by the ratio of new to old probability, which matters once num_iterations is above 1 and
     for the gradient always."""
@@ -84,6 +87,8 @@ class GRPOConfig(TrainingConfig):
     def __post_init__(self):
         if isinstance(self.scale_rewards, bool):
             object.__setattr__(self, "scale_rewards", "group" if self.scale_rewards else "none")
+        if self.reward_weights is not None:
+            object.__setattr__(self, "reward_weights", self._weights())
         super().__post_init__()
         self.require_counts("num_generations", "max_completion_length", "num_iterations")
         self.require_counts("max_prompt_length", or_none=True)
@@ -94,6 +99,7 @@ class GRPOConfig(TrainingConfig):
         self.require(
             self.temperature > 0, "temperature", "more than 0: completions of a prompt have to differ"
         )
+        self.require_switches("use_bias_correction_kl", "mask_truncated_completions", "log_completions")
         self.require_one_of(LOSS_TYPES, "loss_type")
         self.require_one_of(SCALES, "scale_rewards")
         if self.log_completions:
@@ -109,6 +115,15 @@ class GRPOConfig(TrainingConfig):
     @property
     def prompts_per_step(self) -> int:
         return self.completions_per_step // self.num_generations
+
+    def _weights(self) -> tuple[float, ...]:
+        try:
+            weights = tuple(map(float, self.reward_weights or ()))
+        except (TypeError, ValueError):
+            weights = ()
+        is_list = bool(weights) and all(map(math.isfinite, weights))
+        self.require(is_list, "reward_weights", "a list with a finite number for each reward function")
+        return weights
 
     def _not_whole_groups(self) -> OptionError:
         batch, steps, group = (

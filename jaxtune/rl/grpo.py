@@ -4,6 +4,7 @@ A step samples completions from the arrays that it trains, asks the reward funct
 others of its prompt, and takes an optimizer step (or `num_iterations`) on what came out. The loop is that of SFT.
 """
 
+import copy
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -69,8 +70,8 @@ class GRPOTrainer(Trainer):
         model: Trainable,
         reward_funcs: RewardFunction | Sequence[RewardFunction],
         args: GRPOConfig | None = None,
-        *,
         train_dataset: Any = None,
+        *,
         processing_class: Any = None,
         tokenizer: Any = None,
     ):
@@ -87,6 +88,7 @@ class GRPOTrainer(Trainer):
         self.reward_weights = _weights(self.args.reward_weights, len(self.reward_functions.names))
         max_prompt_length = _max_prompt_length(self.args, model.max_seq_length)
         self.prompts: list[Prompt] = read_prompts(train_dataset, self.processing_class, max_prompt_length)
+        self.reward_functions.require(list(dict.fromkeys(name for p in self.prompts for name in p.columns)))
         self.stop_ids = ends(model.stop_ids, self.processing_class)
         self._warned_of_silence = False
 
@@ -151,14 +153,15 @@ class GRPOTrainer(Trainer):
         texts = self.processing_class.batch_decode(rollout.completion_ids, skip_special_tokens=True)
         columns = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
         logged = completions.Logged(len(repeated))
+        # Copies: what a function does to them is its own affair.
         given: dict[str, Any] = {
-            **{name: [prompt.columns.get(name) for prompt in repeated] for name in columns},
-            "prompts": [prompt.prompt for prompt in repeated],
+            **{name: [copy.deepcopy(p.columns.get(name)) for p in repeated] for name in columns},
+            "prompts": [copy.deepcopy(prompt.prompt) for prompt in repeated],
             "completions": [
                 text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}]
                 for prompt, text in zip(repeated, texts, strict=True)
             ],
-            "completion_ids": rollout.completion_ids,
+            "completion_ids": [list(ids) for ids in rollout.completion_ids],
             "trainer_state": state,
             "log_extra": logged.extra,
             "log_metric": logged.metric,
@@ -180,11 +183,11 @@ class GRPOTrainer(Trainer):
         facts = reward_facts(names, rewards_SF, total_S, std_S)
         rewards = {name: rewards_SF[:, i] for i, name in enumerate(names)}
         table = completions.table(
-            {"prompt": given["prompts"], "completion": given["completions"]},
+            {"prompt": [prompt.prompt for prompt in repeated], "completion": texts},
             {**{f"rewards/{name}": each for name, each in rewards.items()}, "advantage": advantages_S},
             logged.columns,
         )
-        return Judgement(advantages_S, {**facts, **completion_facts(rollout), **logged.means}, table)
+        return Judgement(advantages_S, {**logged.means, **facts, **completion_facts(rollout)}, table)
 
     def _epoch(self, steps_done: int) -> float:
         rollouts = -(-steps_done // self.args.num_iterations)

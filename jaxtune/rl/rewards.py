@@ -16,15 +16,20 @@ import inspect
 import math
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.errors import OptionError, RewardError
+from jaxtune.errors import OptionError, RewardError, nearest
 
 RewardFunction = Callable[..., Any]
 """Returns a list of numbers and None, or a coroutine that does."""
+
+
+BY_THE_TRAINER = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""What every reward function may take besides the dataset's columns."""
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 class TrainerState(NamedTuple):
@@ -43,6 +48,19 @@ class RewardFunctions:
         self.by_name = _named(given)
         self.names = list(self.by_name)
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    def require(self, columns: Collection[str]) -> None:
+        """Raises if a function needs something by name that is neither `given` by the trainer nor a column."""
+        for name, function in self.by_name.items():
+            for parameter in _parameters(function):
+                needed = parameter.default is parameter.empty and parameter.kind in _BY_NAME
+                known = (*columns, *BY_THE_TRAINER)
+                if needed and parameter.name not in known:
+                    raise OptionError(
+                        f"The reward function {name!r} takes {parameter.name!r}, which the dataset does not have.",
+                        expected=f"one of {', '.join(known)}.",
+                        fix=f"Correct the name, or give it a default.{nearest(parameter.name, known)}",
+                    )
 
     def score(self, given: Mapping[str, Any], num_completions: int) -> np.ndarray:
         """Rewards [S, F], NaN where a function had no answer. `given` is what functions may take by keyword."""
@@ -75,13 +93,21 @@ class RewardFunctions:
                 raise _raised(name, error) from error
 
         async def every() -> list[Any]:
-            return await asyncio.gather(*(one(name, call) for name, call in calls.items()))
+            tasks = [asyncio.ensure_future(one(name, call)) for name, call in calls.items()]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:  # where one has failed, the others stop
+                for task in tasks:
+                    task.cancel()
 
         if self._loop is None:  # one for every step, so that what a function keeps open stays usable
             self._loop = _loop_in_a_thread()
             weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
-        results = asyncio.run_coroutine_threadsafe(every(), self._loop).result()
-        return dict(zip(calls, results, strict=True))
+        running = asyncio.run_coroutine_threadsafe(every(), self._loop)
+        try:
+            return dict(zip(calls, running.result(), strict=True))
+        finally:
+            running.cancel()  # after an interrupt; otherwise it is done
 
 
 def _loop_in_a_thread() -> asyncio.AbstractEventLoop:
@@ -130,10 +156,17 @@ def _is_async(function: Any) -> bool:
 
 def _accepted(function: RewardFunction, given: Mapping[str, Any]) -> Mapping[str, Any]:
     """Without `**kwargs`, a function gets what it names."""
-    parameters = inspect.signature(function).parameters.values()
+    parameters = _parameters(function)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return given
     return {parameter.name: given[parameter.name] for parameter in parameters if parameter.name in given}
+
+
+def _parameters(function: RewardFunction) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except ValueError:  # of a builtin, which does not say
+        return [inspect.Parameter("given", inspect.Parameter.VAR_KEYWORD)]
 
 
 def _called(name: str, call: Callable) -> Any:

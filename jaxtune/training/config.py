@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from jaxtune.errors import OptionError, nearest
-from jaxtune.options import ANY
+from jaxtune.options import ANY, NOT_YET
 from jaxtune.training.optimizers import SCHEDULES
 from jaxtune.training.remat import level
 
@@ -28,6 +28,12 @@ WITHOUT_EFFECT = {
     "run_name": ANY,
     "logging_first_step": ANY,
     "logging_strategy": "steps",
+    "save_steps": NOT_YET,
+    "save_total_limit": NOT_YET,
+    "eval_steps": NOT_YET,
+    "per_device_eval_batch_size": ANY,
+    "eval_accumulation_steps": ANY,
+    "load_best_model_at_end": False,
 }
 """Names that a TRL or Unsloth script may pass although they mean nothing here, or only with the value given."""
 
@@ -73,15 +79,18 @@ class TrainingConfig:
         self.require_counts("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
         self.require_at_least(0, "learning_rate", "weight_decay", "adam_epsilon")
         self.require_at_least(0, "warmup_steps", "max_grad_norm", or_none=True)
+        self.require_at_least(0, "adam_beta1", "adam_beta2", "warmup_ratio", "num_train_epochs")
         for name in ("adam_beta1", "adam_beta2"):
-            self.require(0 <= getattr(self, name) < 1, name, "a number from 0 to below 1")
-        self.require(0 <= self.warmup_ratio <= 1, "warmup_ratio", "a part of all steps, from 0 to 1")
+            self.require(getattr(self, name) < 1, name, "a number from 0 to below 1")
+        self.require(self.warmup_ratio <= 1, "warmup_ratio", "a part of all steps, from 0 to 1")
         steps = "a whole number of steps, or -1 to count epochs"
         self.require(
             _is_whole(self.max_steps) and (self.max_steps >= 1 or self.max_steps == -1), "max_steps", steps
         )
         self.require(self.max_steps != -1 or self.num_train_epochs > 0, "num_train_epochs", "more than 0")
         self.require_one_of(SCHEDULES, "lr_scheduler_type")
+        self.require(_is_whole(self.seed), "seed", "a whole number")
+        self.require(isinstance(self.output_dir, str | Path | None), "output_dir", "a path, or None")
         if self.gradient_checkpointing is not None:
             level(self.gradient_checkpointing)
 
@@ -118,6 +127,10 @@ class TrainingConfig:
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and not isinstance(value, bool) and value >= least
             self.require((value is None and or_none) or is_number, name, f"a number of at least {least}")
+
+    def require_switches(self, *names: str) -> None:
+        for name in names:
+            self.require(isinstance(getattr(self, name), bool), name, "True or False")
 
     def require_one_of(self, known: tuple[str, ...], name: str) -> None:
         value = getattr(self, name)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jaxtune.errors import TrainingError
+from jaxtune.errors import DivergenceError
 from jaxtune.log import get_logger
 from jaxtune.models.causal_lm import Params
 from jaxtune.training.step import Step, TrainState
@@ -45,7 +45,7 @@ def run(
         record = {"step": float(number), **values, **facts, "step_time_sec": now - clock}
         clock = now
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-            raise TrainingError(
+            raise DivergenceError(
                 f"At step {number} the loss is {values['loss']} and the gradient's norm {values['grad_norm']}.",
                 expected="finite numbers.",
                 fix="Lower learning_rate, keep max_grad_norm at 1.0, and look at the samples of that step.",

@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -18,6 +18,8 @@ from jaxtune.training.loop import Record
 log = get_logger(__name__)
 
 FILE = "metrics.jsonl"
+COMPLETIONS_FILE = "completions.jsonl"
+"""What a GRPO run may write beside it: it belongs to the same run, and goes when the next one begins."""
 
 
 NOT_AVERAGED = ("step", "epoch", "num_tokens", "learning_rate", "grad_norm")
@@ -39,17 +41,14 @@ class RunLog:
 
     def __init__(self, config: TrainingConfig, total_steps: int, headline: Sequence[str] = ("loss",)):
         self.headline = headline
-        self.file = None if config.output_dir is None else _open(Path(config.output_dir))
-        if self.file is not None:
-            settings = dataclasses.asdict(config) | {"output_dir": str(config.output_dir)}
-            self.file.write(json.dumps({"settings": settings}) + "\n")
+        self.file = None if config.output_dir is None else _begin(Path(config.output_dir))
+        settings = dataclasses.asdict(config) | {"output_dir": str(config.output_dir)}
+        self._write_line({"settings": settings})
         self.above_the_bar = logging_redirect_tqdm([logging.getLogger("jaxtune")])
         self.bar = progress_bar(total=total_steps, unit="step")
 
     def write(self, record: Record) -> None:
-        if self.file is not None:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
+        self._write_line(record)
         first = {name: f"{record[name]:.4f}" for name in self.headline if name in record}
         log.info(
             "step %d/%d (epoch %.2f): %s, grad_norm %.3f, lr %.2e, %.0f tokens/s",
@@ -63,6 +62,15 @@ class RunLog:
         )
         self.bar.set_postfix(first)
 
+    def _write_line(self, content: dict[str, Any]) -> None:
+        if self.file is None:
+            return
+        try:
+            with self.file.open("a") as file:
+                file.write(json.dumps(content) + "\n")
+        except OSError as error:
+            raise cannot_write(self.file, error) from error
+
     def advance(self) -> None:
         self.bar.update()
 
@@ -73,14 +81,15 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         self.above_the_bar.__exit__(None, None, None)
         self.bar.close()
-        if self.file is not None:
-            self.file.close()
 
 
-def _open(folder: Path) -> TextIO:
+def _begin(folder: Path) -> Path:
+    """The path of the run's file. Nothing is left of an earlier run."""
     refuse_strangers(folder, marker=FILE)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return (folder / FILE).open("w")
+        for name in (FILE, COMPLETIONS_FILE):
+            (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(folder, error) from error
+    return folder / FILE

@@ -30,3 +30,4 @@ class SFTConfig(TrainingConfig):
     def __post_init__(self):
         super().__post_init__()
         self.require_counts("max_length", or_none=True)
+        self.require_switches("assistant_only_loss")

@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import jax
 import optax
 
-from jaxtune.errors import AdapterError, OptionError, RewardError
+from jaxtune.errors import AdapterError, DivergenceError, OptionError
 from jaxtune.log import show
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.models.decoder import Remat
@@ -75,6 +76,12 @@ class Trainer:
                 expected=f"{'an' if config[0] in 'AEIOS' else 'a'} {config}.",
                 fix=f"Pass args={config}(...).",
             )
+        if not hasattr(model, "causal_lm"):
+            raise OptionError(
+                f"{name} was given {'the model ' + repr(model) if isinstance(model, str) else type(model).__name__}.",
+                expected="a LanguageModel with an adapter.",
+                fix="Load it first: model, tokenizer = FastLanguageModel.from_pretrained(...), then get_peft_model.",
+            )
         if model.lora is None:
             raise AdapterError(
                 "The model has no adapter to train.",
@@ -102,15 +109,17 @@ class Trainer:
         step = make_step(loss, optimizer, rate, args.max_grad_norm or None)
         state = init_state(model.lora, optimizer)
         self.log_history = []
-        records: list[Record] = []
+        steps, samples, loss_sum, epoch = 0, 0.0, 0.0, 0.0
         unlogged: list[Record] = []
         started = time.perf_counter()
         with RunLog(args, total_steps, self.headline) as output:
 
             def on_record(record: Record) -> None:
-                records.append(record)
+                nonlocal steps, samples, loss_sum, epoch
+                steps, samples = steps + 1, samples + record.pop("samples")
+                loss_sum, epoch = loss_sum + record["loss"], record["epoch"]
                 unlogged.append(record)
-                if len(records) % args.logging_steps == 0 or len(records) == total_steps:
+                if steps % args.logging_steps == 0 or steps == total_steps:
                     self.log_history.append(average(unlogged))
                     unlogged.clear()
                     output.write(self.log_history[-1])
@@ -123,18 +132,21 @@ class Trainer:
             stream = itertools.islice(batches(lambda: state.lora), total_steps)
             try:
                 run(step, state, model.params, stream, on_record, on_state)
-            except (KeyboardInterrupt, RewardError):
-                model.lora = state.lora  # what was learnt so far is not lost
+            except DivergenceError:
+                raise
+            except BaseException:  # an interrupt, a reward function, a full disk: what was learnt is not lost
+                if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.lora)):
+                    model.lora = state.lora
                 raise
         model.lora = state.lora
         runtime = time.perf_counter() - started
-        mean = sum(record["loss"] for record in records) / total_steps
+        mean = loss_sum / total_steps
         metrics = {
             "train_runtime": runtime,
-            "train_samples_per_second": sum(record["samples"] for record in records) / runtime,
+            "train_samples_per_second": samples / runtime,
             "train_steps_per_second": total_steps / runtime,
             "train_loss": mean,
-            "epoch": records[-1]["epoch"],
+            "epoch": epoch,
         }
         return TrainOutput(total_steps, mean, metrics)
 

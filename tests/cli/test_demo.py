@@ -12,6 +12,7 @@ import transformers
 
 from jaxtune import FastLanguageModel, assets
 from jaxtune.cli import exam
+from jaxtune.cli.demo import SUMMARY
 from jaxtune.cli.main import main
 from tests.export.llama_cpp import LlamaCpp
 
@@ -33,7 +34,7 @@ def ran(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def summary(ran):
-    return json.loads((ran[0] / "summary.json").read_text())
+    return json.loads((ran[0] / SUMMARY).read_text())
 
 
 def test_a_folder_of_somebody_else_is_refused_before_anything_runs(tmp_path, capsys):
@@ -67,7 +68,7 @@ def test_it_says_what_it_wrote(ran):
     folder, printed = ran
     for name in ("adapter/", "merged/", "tiny.Q8_0.gguf", "Modelfile", "curves.png", "completions.jsonl"):
         assert name in printed
-    assert "What is the opposite of" in printed
+    assert assets.rows("facts_test")[0]["prompt"][0]["content"] in printed
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert len((folder / "grpo" / "completions.jsonl").read_text().splitlines()) == 60 * 64
 

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import resource
 import shutil
 
 import jax
@@ -17,6 +16,7 @@ from jaxtune import errors
 from jaxtune.loading.checkpoint import Checkpoint
 from tests.export.adapted import Adapted
 from tests.export.byte_level import VOCAB, byte_level
+from tests.kit.disk import files_of_at_most
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +30,6 @@ def fails(kind, *parts):
         yield
     for part in parts:
         assert part in str(caught.value)
-
-
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """The operating system itself refuses to let a file of this process grow further, as a full disk would."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class TokenizerOnAFullDisk:

@@ -54,11 +54,20 @@ def test_a_base_that_is_gone(trained, tmp_path):
     import dataclasses
 
     lost = dataclasses.replace(trained[0], name_or_path=str(tmp_path / "moved"))
-    with pytest.raises(ModelNotFoundError, match="moved"):
-        lost.save_pretrained_merged(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    for save in (lost.save_pretrained_merged, lost.save_pretrained_gguf):
+        with pytest.raises(ModelNotFoundError, match=r"original 16-bit weights, and .*moved"):
+            save(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_method(trained, tmp_path):
+    """Said before the base is looked for."""
+    import dataclasses
+
+    lost = dataclasses.replace(trained[0], name_or_path=str(tmp_path / "moved"))
     with pytest.raises(OptionError, match="'merged_16bit'"):
-        trained[0].save_pretrained_merged(tmp_path / "out", save_method="merged_16bits")
+        lost.save_pretrained_merged(tmp_path / "out", save_method="merged_16bits")
+    with pytest.raises(OptionError, match="Did you mean 'q8_0'"):
+        lost.save_pretrained_gguf(tmp_path / "out", quantization_method="q8")
+    with pytest.raises(OptionError, match="'q4_k_m' is not written by this version"):
+        lost.save_pretrained_gguf(tmp_path / "out", quantization_method=["f16", "q4_k_m"])

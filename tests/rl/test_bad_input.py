@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import functools
+import time
 
 import numpy as np
 import pytest
@@ -18,6 +19,10 @@ from tests.kit import models, tiny
 
 def ones(completions):
     return [1.0] * len(completions)
+
+
+def needs_a_column(completions, ground_truth):
+    return ones(completions)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +50,16 @@ def ones(completions):
         ({"delta": 2.0}, "does not support"),
         ({"top_p": 0.9}, "does not support"),
         ({"log_completions": True}, "log_completions=True"),
+        ({"reward_weights": ["a"]}, "reward_weights="),
+        ({"reward_weights": 1.0}, "reward_weights=1.0"),
+        ({"reward_weights": [float("nan")]}, "reward_weights="),
+        ({"warmup_ratio": "0.1"}, "warmup_ratio='0.1'"),
+        ({"adam_beta1": None}, "adam_beta1=None"),
+        ({"num_train_epochs": "3"}, "num_train_epochs='3'"),
+        ({"seed": "a"}, "seed='a'"),
+        ({"mask_truncated_completions": "no"}, "mask_truncated_completions='no'"),
+        ({"output_dir": 3}, "output_dir=3"),
+        ({"save_steps": 100}, "save_steps=100, which this version does not support"),
     ],
     ids=str,
 )
@@ -114,12 +129,19 @@ ROWS = [{"prompt": "the fox"}]
         ({"train_dataset": [{"prompt": "a"}, {"prompt": ""}]}, DatasetError, "row 1"),
         ({"train_dataset": [{"prompt": []}]}, DatasetError, "row 0"),
         ({"train_dataset": [{"prompt": 3}]}, DatasetError, "row 0"),
+        ({"model": "org/model"}, OptionError, "the model 'org/model'"),
+        ({"reward_funcs": needs_a_column}, OptionError, "'needs_a_column' takes 'ground_truth'"),
+        (
+            {"reward_funcs": needs_a_column, "train_dataset": [{"prompt": "a", "ground_truths": "b"}]},
+            OptionError,
+            "Did you mean 'ground_truths'",
+        ),
     ],
     ids=lambda value: None if isinstance(value, dict) else str(value),  # a function's text has its address
 )
 def test_what_the_trainer_is_given(model, given, error, message):
     with pytest.raises(error, match=message):
-        GRPOTrainer(model, **{"reward_funcs": ones, "args": SHORT, "train_dataset": ROWS, **given})
+        GRPOTrainer(**{"model": model, "reward_funcs": ones, "args": SHORT, "train_dataset": ROWS, **given})
 
 
 def test_what_the_model_lacks(model):
@@ -206,6 +228,40 @@ def test_async_functions_run_together_also_where_a_loop_is_running():
 
     asyncio.run(a_notebook_cell())
     assert loops[0] is loops[1]
+
+
+def test_where_one_async_function_fails_the_others_stop():
+    stopped = []
+
+    async def patient(completions):
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            stopped.append("patient")
+            raise
+
+    with pytest.raises(RewardError, match="fails_later"):
+        RewardFunctions([patient, fails_later]).score({"completions": ["a"]}, 1)
+    for _ in range(100):  # it is told so in its own thread
+        if stopped:
+            break
+        time.sleep(0.01)
+    assert stopped == ["patient"]
+
+
+@pytest.mark.parametrize(
+    "say",
+    [
+        lambda logged: logged.metric("loss", 1.0),
+        lambda logged: logged.metric("rewards/mine/mean", 1.0),
+        lambda logged: logged.metric("mine", float("nan")),
+        lambda logged: logged.extra("prompt", ["a"]),
+        lambda logged: logged.extra("rewards/mine", ["a"]),
+    ],
+)
+def test_what_reward_functions_may_not_log(say):
+    with pytest.raises(RewardError, match="log_"):
+        say(Logged(1))
 
 
 def test_a_column_that_is_not_one_value_for_each_completion():

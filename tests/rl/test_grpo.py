@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from jaxtune import LanguageModel, get_chat_template
-from jaxtune.errors import RewardError
+from jaxtune.errors import OutputFolderError, RewardError
 from jaxtune.rl import GRPOConfig, GRPOTrainer
 from jaxtune.rl.grpo import loss_of
 from jaxtune.training.trainer import optimizer_of
 from tests.kit import models, tiny
 from tests.kit.compare import assert_trees_close, assert_trees_equal
+from tests.kit.disk import files_of_at_most
 
 ROWS = [{"prompt": "the quick brown fox" * (1 + i % 3) + " jumps" * i, "low": 64} for i in range(6)]
 BASE = dict(
@@ -345,6 +346,40 @@ def test_a_reward_function_that_fails_late_does_not_lose_what_was_learnt(model, 
     assert [record["step"] for record in trainer.log_history] == [1]
 
 
+def test_what_a_reward_function_does_to_its_arguments_is_its_own_affair(model, baseline):
+    def last_is_even(prompts, completions, completion_ids, low):
+        rewards = [float(ids.pop() % 2 == 0) for ids in completion_ids]
+        completions[:] = prompts[:] = low[:] = []
+        return rewards
+
+    trainer = train(model, [low_share, last_is_even])
+    assert_trees_equal(trainer.model.lora, baseline.model.lora)
+    assert column(trainer, "completions/mean_length") == column(baseline, "completions/mean_length")
+
+
+def test_a_run_that_fails_leaves_its_settings_and_no_table_of_an_older_one(model, tmp_path):
+    def never(completions):
+        return [None] * len(completions)
+
+    folder = tmp_path / "run"
+    train(model, log_completions=True, output_dir=folder, max_steps=1)
+    assert (folder / "completions.jsonl").is_file()
+    with pytest.raises(RewardError, match="None or NaN for all"):
+        train(model, [never], output_dir=folder)
+    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_disk_that_fills_up_during_a_run_does_not_lose_what_was_learnt(model, tmp_path):
+    kept = dataclasses.replace(model)
+    args = GRPOConfig(**BASE, output_dir=tmp_path / "run")
+    trainer = GRPOTrainer(kept, [low_share], args, train_dataset=ROWS)
+    with files_of_at_most(2000), pytest.raises(OutputFolderError, match=r"metrics\.jsonl"):
+        trainer.train()
+    assert kept.lora is not model.lora
+    jax.block_until_ready(kept.lora)
+
+
 def test_what_reward_functions_log_and_the_table_of_completions(model, tmp_path):
     states = []
 
@@ -353,6 +388,7 @@ def test_what_reward_functions_log_and_the_table_of_completions(model, tmp_path)
         log_metric("longest", len(max(completion_ids, key=len)))
         log_metric("longest", 0)
         log_extra("tokens", completion_ids)
+        log_extra("weight", [0.0] * 5 + [2.5, np.float32(6), float("nan")])
         return [None if i == 0 else float(i) for i in range(len(prompts))]
 
     trainer = train(model, [noted], log_completions=True, output_dir=tmp_path / "run", **NO_REFERENCE)
@@ -368,3 +404,4 @@ def test_what_reward_functions_log_and_the_table_of_completions(model, tmp_path)
     assert rows[0]["prompt"] in {row["prompt"] for row in ROWS}
     assert rows[0]["advantage"] == 0 < rows[7]["advantage"]
     assert isinstance(rows[0]["completion"], str)
+    assert [row["weight"] for row in rows[5:8]] == [2.5, 6.0, None]

@@ -38,6 +38,11 @@ METHODS = {
     "q8_0": _Method(TensorType.Q8_0, 7),
 }
 ALIASES = {"fast_quantized": "q8_0"}
+LATER = tuple(
+    "quantized q2_k q2_k_l q3_k_l q3_k_m q3_k_s q3_k_xs q4_0 q4_1 q4_k q4_k_m q4_k_s q5_0 q5_1 q5_k q5_k_m q5_k_s q6_k"
+    " iq1_s iq1_m iq2_xxs iq2_xs iq2_s iq2_m iq3_xxs iq3_s iq3_m iq4_nl iq4_xs".split()
+)
+"""What llama.cpp and Unsloth also know, and this version does not write."""
 AS_STORED = "not_quantized"
 """16 bits, of the kind that the checkpoint stores."""
 _QUANTIZATION_VERSION = 2
@@ -57,7 +62,7 @@ def save_gguf(
 ) -> list[Path]:
     """Writes `<folder>_gguf/`: a file for each method, and a Modelfile for the first. `name` is what the model is
     called: its hub id, say, of which files take the last part. Gives the paths of the files."""
-    given = _methods(quantization_method)
+    given = check_methods(quantization_method)
     folder = Path(f"{Path(folder)}_gguf")
     title = Path(name).name or "model"
     with Checkpoint(base) as checkpoint:
@@ -73,7 +78,7 @@ def save_gguf(
     return [folder / file for file in files]
 
 
-def _methods(given: str | Sequence[str] | None) -> list[str]:
+def check_methods(given: str | Sequence[str] | None) -> list[str]:
     """The list of what was asked for, every name known; None is the default, as in Unsloth."""
     known = [*METHODS, *ALIASES, AS_STORED]
     methods = [given] if isinstance(given, str) else ["fast_quantized"] if given is None else list(given)
@@ -84,6 +89,12 @@ def _methods(given: str | Sequence[str] | None) -> list[str]:
             fix="Leave it out for q8_0.",
         )
     for method in methods:
+        if method in LATER:
+            raise OptionError(
+                f"quantization_method={method!r} is not written by this version.",
+                expected=f"one of {', '.join(known)}, or a list of them.",
+                fix="Take the nearest, q8_0; llama-quantize makes the smaller ones of an f16 file.",
+            )
         if method not in known:
             raise OptionError(
                 f"quantization_method={method!r}.",
