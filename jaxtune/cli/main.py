@@ -4,6 +4,7 @@ A command is a function whose arguments tyro turns into options and that returns
 inside it, so that `--help` and `--version` answer at once.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"jaxtune {__version__}")
         return 0
     log.show()
+    # Without it transformers tells everyone who has no torch that models are not available: its own.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         return tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
