@@ -170,6 +170,7 @@ class LanguageModel:
             save_directory,
             resolve(self.name_or_path, revision=self.revision, token=token),
             *self._adapter,
+            config=self.causal_lm.config,
             tokenizer=tokenizer,
             max_shard_size=max_shard_size,
         )

@@ -1,9 +1,12 @@
 """One table of tiny models over all families: what transformers builds them from, and what is peculiar to each."""
 
+import json
+from pathlib import Path
+
 import torch
 import transformers
 
-from tests.kit.models import VOCAB
+from tests.kit.models import LLAMA3_ROPE, VOCAB
 
 WINDOW = 8
 """Shorter than the sequences that tests use, so that they leave it."""
@@ -33,6 +36,14 @@ LOCAL_GLOBAL = {
 S, F = "sliding_attention", "full_attention"
 
 CASES: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama, dynamic": (
+        "llama",
+        {
+            "max_position_embeddings": 64,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+        },
+    ),
     "mistral, window": ("mistral", {"sliding_window": WINDOW}),
     "mistral nemo": ("mistral", {"sliding_window": None, "head_dim": 24}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
@@ -60,6 +71,7 @@ CASES: dict[str, tuple[str, dict]] = {
             "layer_types": [S, S, F, S, S, F, S], "rope_parameters": LOCAL_GLOBAL,
         },
     ),
+    "phi3": ("phi3", {}),
     "phi3, window": ("phi3", {"sliding_window": WINDOW}),
     "phi4-mini": (
         "phi3",
@@ -87,10 +99,10 @@ CASES: dict[str, tuple[str, dict]] = {
 }  # fmt: skip
 
 
-def random_model(case: str, seed: int = 0) -> transformers.PreTrainedModel:
+def random_model(case: str, seed: int = 0, **overrides) -> transformers.PreTrainedModel:
     """As tests.kit.models.random_llama: norms and biases perturbed, weights large enough that attention is uneven."""
     model_type, settings = CASES[case]
-    config = transformers.AutoConfig.for_model(model_type, **{**SIZES, **settings})
+    config = transformers.AutoConfig.for_model(model_type, **{**SIZES, **settings, **overrides})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
@@ -100,3 +112,13 @@ def random_model(case: str, seed: int = 0) -> transformers.PreTrainedModel:
             else:
                 weight.mul_(5.0)
     return model
+
+
+def spell_rope_as_before(folder: Path) -> None:
+    """A Gemma 3's config.json as transformers 4 wrote it."""
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    ropes = settings.pop("rope_parameters")
+    settings["rope_theta"] = ropes["full_attention"]["rope_theta"]
+    settings["rope_local_base_freq"] = ropes["sliding_attention"]["rope_theta"]
+    path.write_text(json.dumps({**settings, "rope_scaling": None}))
