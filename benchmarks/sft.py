@@ -21,7 +21,7 @@ from jaxtune.compilation import enable_cache
 from jaxtune.loading.load import load_params
 from jaxtune.models import names
 from jaxtune.models.causal_lm import CausalLM
-from jaxtune.models.config import ModelConfig, RopeConfig
+from jaxtune.models.config import LayerKind, ModelConfig, RopeConfig
 
 LLAMA3_ROPE = RopeConfig(
     kind="llama3",
@@ -34,13 +34,13 @@ LLAMA3_ROPE = RopeConfig(
 SHAPES = {
     "llama-3.1-8b": ModelConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_heads=32, num_kv_heads=8, head_dim=128,
-        rms_norm_eps=1e-5, rope=LLAMA3_ROPE, tie_word_embeddings=False, attention_bias=False, mlp_bias=False,
-        windows=(None,) * 32, max_position=131072,
+        rms_norm_eps=1e-5, tie_word_embeddings=False, layers=(LayerKind(),) * 32, ropes=(LLAMA3_ROPE,),
+        max_position=131072,
     ),
     "tiny": ModelConfig(
         vocab_size=512, hidden_size=128, intermediate_size=256, num_heads=4, num_kv_heads=2, head_dim=32,
-        rms_norm_eps=1e-5, rope=LLAMA3_ROPE, tie_word_embeddings=False, attention_bias=False, mlp_bias=False,
-        windows=(None,) * 2, max_position=131072,
+        rms_norm_eps=1e-5, tie_word_embeddings=False, layers=(LayerKind(),) * 2, ropes=(LLAMA3_ROPE,),
+        max_position=131072,
     ),
 }  # fmt: skip
 SUSTAINED_FLOPS = 683e12

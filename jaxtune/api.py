@@ -23,12 +23,17 @@ from jaxtune.log import get_logger, show
 from jaxtune.lora import tree as lora_tree
 from jaxtune.lora.config import PROJECTIONS, LoraConfig
 from jaxtune.models.causal_lm import CausalLM
+from jaxtune.models.context import at_length
 from jaxtune.models.families import FAMILIES
 from jaxtune.options import ANY, mirrors
 from jaxtune.training.remat import level
 
 log = get_logger(__name__)
 
+DEFAULT_LENGTH = 2048
+"""Unsloth's `max_seq_length`."""
+FUSED_PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+"""What PROJECTIONS are called where they are fused (Phi-3)."""
 _LOAD_WITHOUT_EFFECT = {
     "device_map": ANY,
     "fix_tokenizer": ANY,
@@ -64,7 +69,7 @@ class FastLanguageModel:
     @mirrors(_LOAD_WITHOUT_EFFECT)
     def from_pretrained(
         model_name: str | Path,
-        max_seq_length: int = 2048,
+        max_seq_length: int | None = None,
         dtype: Any = None,
         load_in_4bit: bool | None = None,
         load_in_16bit: bool = False,
@@ -75,7 +80,8 @@ class FastLanguageModel:
         """(model, tokenizer) from a hub id, a folder, or a PEFT adapter's id or folder (its base is found and loaded).
 
         Weights are packed in 4 bits unless `load_in_16bit=True` or `load_in_4bit=False`, which keep them in `dtype`;
-        `dtype=None` is bfloat16 on a GPU and float32 on a CPU."""
+        `dtype=None` is bfloat16 on a GPU and float32 on a CPU. `max_seq_length=None` is 2048, or what the model was
+        trained for if that is less; beyond that, the rotary embedding of a model without scaling is stretched."""
         if load_in_4bit and load_in_16bit:
             raise OptionError(
                 "from_pretrained was given load_in_4bit=True and load_in_16bit=True.",
@@ -85,7 +91,7 @@ class FastLanguageModel:
         show()
         enable_cache()
         level(use_gradient_checkpointing)
-        if max_seq_length < 2:
+        if max_seq_length is not None and max_seq_length < 2:
             raise OptionError(
                 f"max_seq_length={max_seq_length}.", expected="at least 2.", fix="Choose, for example, 2048."
             )
@@ -100,7 +106,9 @@ class FastLanguageModel:
                 tokenizer_folder = folder
         hf = read_config(folder, supported=FAMILIES)
         _refuse_quantized(hf, folder)
-        causal_lm = CausalLM(FAMILIES[hf["model_type"]](hf))
+        config = FAMILIES[hf["model_type"]](hf)
+        max_seq_length = max_seq_length or min(DEFAULT_LENGTH, config.max_position)
+        causal_lm = CausalLM(at_length(config, max_seq_length))
         if adapter is not None:
             causal_lm = dataclasses.replace(causal_lm, lora_config=adapter.config)
         tokenizer = load_tokenizer(tokenizer_folder)
@@ -140,6 +148,8 @@ class FastLanguageModel:
                 expected="a LanguageModel.",
                 fix="from_pretrained returns two things: model, tokenizer = FastLanguageModel.from_pretrained(...).",
             )
+        if model.causal_lm.config.fused_projections and set(target_modules) == set(PROJECTIONS):
+            target_modules = FUSED_PROJECTIONS  # the seven names mean all of them
         config = LoraConfig(
             r=r,
             lora_alpha=lora_alpha,

@@ -171,6 +171,7 @@ class LanguageModel:
             save_directory,
             self._original(token),
             *self._adapter,
+            config=self.causal_lm.config,
             tokenizer=tokenizer,
             max_shard_size=max_shard_size,
         )

@@ -29,7 +29,7 @@ from jaxtune.data.templates import TEMPLATES
 from jaxtune.inference.generate import generate
 from jaxtune.models import names
 from jaxtune.models.causal_lm import CausalLM
-from jaxtune.models.config import ModelConfig, RopeConfig
+from jaxtune.models.config import LayerKind, ModelConfig, RopeConfig
 from jaxtune.training.losses import next_token_loss, trained_tokens
 
 VOCAB = 2048
@@ -42,8 +42,8 @@ SPLIT = (
 )
 CONFIG = ModelConfig(
     vocab_size=VOCAB, hidden_size=256, intermediate_size=512, num_heads=4, num_kv_heads=2, head_dim=64,
-    rms_norm_eps=1e-5, rope=RopeConfig(theta=10000.0), tie_word_embeddings=True, attention_bias=False,
-    mlp_bias=False, windows=(None,) * 5, max_position=1024,
+    rms_norm_eps=1e-5, tie_word_embeddings=True, layers=(LayerKind(),) * 5, ropes=(RopeConfig(theta=10000.0),),
+    max_position=1024,
 )  # fmt: skip
 ROWS, LENGTH = 128, 256
 BAND = (0.45, 0.62)

@@ -167,7 +167,7 @@ def test_a_checkpoint_that_is_quantised_already(broken):
     [
         ({"num_key_value_heads": 3}, "3 key/value heads"),
         ({"hidden_act": "gelu"}, "'gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "'yarn'"),
+        ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "'proportional'"),
     ],
     ids=["heads", "activation", "rope"],
 )

@@ -22,6 +22,8 @@ from jaxtune.lora import peft_format
 from jaxtune.lora.config import LoraConfig
 from jaxtune.lora.peft_format import ModuleNames
 from jaxtune.lora.tree import Tree
+from jaxtune.models import context
+from jaxtune.models.config import ModelConfig
 
 GENERATION_FILE = "generation_config.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -44,13 +46,15 @@ def save_merged_16bit(
     lora_config: LoraConfig | None,
     module_names: ModuleNames,
     *,
+    config: ModelConfig | None = None,
     tokenizer: Any = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
     """Writes `base` (the original checkpoint's folder) with the adapter merged in.
 
     Shards are the original's, names and all, unless one is larger than `max_shard_size`. `tokenizer=None` copies the
-    original's files; a given one is saved as it is, with the chat template that it was trained with."""
+    original's files; a given one is saved as it is, with the chat template that it was trained with. If `config` is
+    the original's stretched to longer sequences, config.json says so."""
     folder, limit = Path(folder), parse_size(max_shard_size)
     with Checkpoint(base) as checkpoint:
         _refuse_other_models(folder, base)
@@ -62,7 +66,9 @@ def save_merged_16bit(
             if set(shards) != {SINGLE_FILE}:
                 _write_json(stage / INDEX_FILE, _index(shards))
             _write_tokenizer(stage, base, tokenizer)
-            _write_settings(stage, base, _main_dtype(shards), getattr(tokenizer, "eos_token_id", None))
+            _write_settings(
+                stage, base, config, _main_dtype(shards), getattr(tokenizer, "eos_token_id", None)
+            )
 
 
 def _refuse_other_models(folder: Path, base: Path) -> None:
@@ -154,11 +160,15 @@ def _write_tokenizer(stage: Path, base: Path, tokenizer: Any) -> None:
             shutil.copyfile(base / name, stage / name)
 
 
-def _write_settings(stage: Path, base: Path, dtype: np.dtype, end_id: int | None) -> None:
+def _write_settings(
+    stage: Path, base: Path, model: ModelConfig | None, dtype: np.dtype, end_id: int | None
+) -> None:
     """config.json says what the weights are now. Where generation stops is said once, by the file that transformers
     reads first, and the end token that a chat template brought belongs to it."""
     config = json.loads((base / CONFIG_FILE).read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
+    if model is not None:
+        config = context.as_hf(config, model)
     config["torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"] = dtype.name
     generation_file = base / GENERATION_FILE
     if generation_file.is_file():

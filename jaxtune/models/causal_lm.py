@@ -77,7 +77,10 @@ class CausalLM:
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., M] -> logits [..., V] in float32."""
         head_VM = self.head(params).astype(hidden.dtype)
-        return jnp.einsum("...m,vm->...v", hidden, head_VM, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("...m,vm->...v", hidden, head_VM, preferred_element_type=jnp.float32)
+        scale, cap = self.config.logit_scale, self.config.logit_softcap
+        logits = logits if scale == 1 else logits * scale
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def apply(
         self,

@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxtune.models import rope
 from jaxtune.models.cache import KVCache, LayerCache
-from jaxtune.models.config import ModelConfig
+from jaxtune.models.config import LayerKind, ModelConfig
 from jaxtune.models.parts import Block, Embedding, Linear, RMSNorm, Where, part
 
 Remat = Callable[[Callable], Callable]
@@ -26,13 +26,16 @@ class Decoder(nnx.Module):
     def __init__(self, c: ModelConfig):
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
         self.layers = nnx.List(
-            nnx.List(_stack(c, len(layers) // period, c.windows[layers[p]]) for p in range(period))
+            nnx.List(_stack(c, len(layers) // period, c.layers[layers[p]]) for p in range(period))
             for layers, period in c.segments
         )
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.norm = RMSNorm(c.hidden_size, c)
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.vocab_size, c.hidden_size)
-        self.rope_frequencies = nnx.static(tuple(rope.frequencies(c.rope, c.head_dim).tolist()))
+        self.embedding_multiplier = c.embedding_multiplier
+        self.ropes = nnx.static(
+            tuple((tuple(rope.frequencies(r, c.head_dim).tolist()), r.attention_factor) for r in c.ropes)
+        )
 
     def __call__(
         self,
@@ -52,18 +55,23 @@ class Decoder(nnx.Module):
             positions_BT,
             segments_BT if cache is None else cache.segments_BS,
             positions_BT if cache is None else cache.positions_BS,
-            *rope.tables(positions_BT, np.asarray(self.rope_frequencies, np.float32)),
+            tuple(rope.tables(positions_BT, np.asarray(f, np.float32), factor) for f, factor in self.ropes),
             column,
         )
-        x_BTM = self.embed_tokens(tokens_BT)
+        x_BTM = self.embed(tokens_BT)
         for s, blocks in enumerate(self.layers):
             adapters = [part(part(part(lora, "layers"), s), p) for p in range(len(blocks))]
             x_BTM, cache = _scan(list(blocks), adapters, x_BTM, where, cache, s, remat)
         return self.norm(x_BTM), cache
 
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        x_BTM = self.embed_tokens(tokens_BT)
+        multiplier = jnp.asarray(self.embedding_multiplier, x_BTM.dtype)
+        return x_BTM if self.embedding_multiplier == 1 else x_BTM * multiplier
 
-def _stack(c: ModelConfig, repeats: int, window: int | None) -> Block:
-    return jax.vmap(lambda _: Block(c, window))(jnp.arange(repeats))
+
+def _stack(c: ModelConfig, repeats: int, kind: LayerKind) -> Block:
+    return jax.vmap(lambda _: Block(c, kind))(jnp.arange(repeats))
 
 
 def _scan(

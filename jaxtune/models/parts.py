@@ -16,7 +16,7 @@ from jaxtune.kernels.attention import attention
 from jaxtune.lora import apply as lora_apply
 from jaxtune.models import rope
 from jaxtune.models.cache import LayerCache
-from jaxtune.models.config import ModelConfig
+from jaxtune.models.config import LayerKind, ModelConfig
 from jaxtune.quant import nf4
 
 
@@ -27,8 +27,8 @@ class Where(NamedTuple):
     positions_BT: jax.Array
     kv_segments_BS: jax.Array
     kv_positions_BS: jax.Array
-    cos: jax.Array
-    sin: jax.Array
+    turns: tuple[tuple[jax.Array, jax.Array], ...]
+    """cos and sin for each of the model's ropes."""
     column: jax.Array | None
     """The cache's column that the first token goes to; None without a cache."""
 
@@ -67,34 +67,44 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, width: int, eps: float):
-        self.weight, self.eps = param(width), eps
+    """x / rms(x) * weight, over the last axis."""
 
-    def __call__(self, x_BTM):
-        x = x_BTM.astype(jnp.float32)
+    def __init__(self, width: int, c: ModelConfig):
+        self.weight, self.eps = param(width), c.rms_norm_eps
+        self.adds_one, self.rounds_last = c.norm_adds_one, c.norm_rounds_last
+
+    def __call__(self, x_in):
+        x = x_in.astype(jnp.float32)
         x = x * lax.rsqrt((x * x).mean(-1, keepdims=True) + self.eps)
-        return x.astype(x_BTM.dtype) * self.weight.get_value().astype(x_BTM.dtype)[None, None, :]
+        x = x if self.rounds_last else x.astype(x_in.dtype)
+        weight = self.weight.get_value().astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (x * (1 + weight if self.adds_one else weight)).astype(x_in.dtype)
 
 
 class Attention(nnx.Module):
-    def __init__(self, c: ModelConfig, window: int | None):
-        self.q_proj = Linear(c.num_heads * c.head_dim, c.hidden_size, c.attention_bias)
-        self.k_proj = Linear(c.num_kv_heads * c.head_dim, c.hidden_size, c.attention_bias)
-        self.v_proj = Linear(c.num_kv_heads * c.head_dim, c.hidden_size, c.attention_bias)
-        self.o_proj = Linear(c.hidden_size, c.num_heads * c.head_dim, c.attention_bias)
-        self.head_dim, self.scale, self.window = c.head_dim, c.attention_scale, window
+    def __init__(self, c: ModelConfig, kind: LayerKind):
+        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        if c.fused_projections:
+            self.qkv_proj = Linear(q + 2 * kv, c.hidden_size, c.qkv_bias)
+        else:
+            self.q_proj = Linear(q, c.hidden_size, c.qkv_bias)
+            self.k_proj = Linear(kv, c.hidden_size, c.qkv_bias)
+            self.v_proj = Linear(kv, c.hidden_size, c.qkv_bias)
+        self.o_proj = Linear(c.hidden_size, q, c.o_bias)
+        if c.qk_norm is not None:
+            self.q_norm = RMSNorm(c.head_dim if c.qk_norm == "head" else q, c)
+            self.k_norm = RMSNorm(c.head_dim if c.qk_norm == "head" else kv, c)
+        self.fused, self.qk_norm, self.head_dim, self.q_size, self.kv_size = (
+            c.fused_projections, c.qk_norm, c.head_dim, q, kv,
+        )  # fmt: skip
+        self.scale, self.softcap, self.window, self.rope = (
+            c.attention_scale, c.attention_softcap, kind.window, kind.rope,
+        )  # fmt: skip
 
     def __call__(
         self, x_BTM: jax.Array, where: Where, lora: Any, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
-        B, T, _ = x_BTM.shape
-
-        def heads(name):
-            return getattr(self, name)(x_BTM, part(lora, name)).reshape(B, T, -1, self.head_dim)
-
-        q = checkpoint_name(rope.rotate(heads("q_proj"), where.cos, where.sin), "qkv")
-        k = checkpoint_name(rope.rotate(heads("k_proj"), where.cos, where.sin), "qkv")
-        v = checkpoint_name(heads("v_proj"), "qkv")
+        q, k, v = (checkpoint_name(x_BTHD, "qkv") for x_BTHD in self._qkv(x_BTM, where, lora))
         if cache is not None:
             assert where.column is not None
             cache, k, v = cache.write(k, v, where.column)
@@ -108,35 +118,97 @@ class Attention(nnx.Module):
             kv_positions_BS=where.kv_positions_BS,
             scale=self.scale,
             window=self.window,
+            softcap=self.softcap,
         )
-        out = checkpoint_name(out_BTHD.reshape(B, T, -1), "attention")
+        out = checkpoint_name(out_BTHD.reshape(*x_BTM.shape[:2], -1), "attention")
         return self.o_proj(out, part(lora, "o_proj")), cache
+
+    def _qkv(self, x_BTM: jax.Array, where: Where, lora: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values [B, T, heads, D], normed and turned."""
+        if self.fused:
+            together = self.qkv_proj(x_BTM, part(lora, "qkv_proj"))
+            q, k, v = jnp.split(together, [self.q_size, self.q_size + self.kv_size], axis=-1)
+        else:
+            q, k, v = (getattr(self, n)(x_BTM, part(lora, n)) for n in ("q_proj", "k_proj", "v_proj"))
+        if self.qk_norm == "projection":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (x.reshape(*x.shape[:2], -1, self.head_dim) for x in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope is not None:
+            q, k = (rope.rotate(x, *where.turns[self.rope]) for x in (q, k))
+        return q, k, v
+
+
+def _gelu_tanh(x):
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": _gelu_tanh}
 
 
 class MLP(nnx.Module):
     def __init__(self, c: ModelConfig):
-        self.gate_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
-        self.up_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
+        if c.fused_projections:
+            self.gate_up_proj = Linear(2 * c.intermediate_size, c.hidden_size, c.mlp_bias)
+        else:
+            self.gate_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
+            self.up_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
         self.down_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.fused, self.activation = c.fused_projections, c.activation
 
     def __call__(self, x_BTM, lora):
-        gate = checkpoint_name(self.gate_proj(x_BTM, part(lora, "gate_proj")), "gate_up")
-        up = checkpoint_name(self.up_proj(x_BTM, part(lora, "up_proj")), "gate_up")
-        return self.down_proj(jax.nn.silu(gate) * up, part(lora, "down_proj"))
+        if self.fused:
+            together = self.gate_up_proj(x_BTM, part(lora, "gate_up_proj"))
+            gate, up = jnp.split(checkpoint_name(together, "gate_up"), 2, axis=-1)
+        else:
+            gate = checkpoint_name(self.gate_proj(x_BTM, part(lora, "gate_proj")), "gate_up")
+            up = checkpoint_name(self.up_proj(x_BTM, part(lora, "up_proj")), "gate_up")
+        return self.down_proj(ACTIVATIONS[self.activation](gate) * up, part(lora, "down_proj"))
+
+
+def _same(x):
+    return x
 
 
 class Block(nnx.Module):
-    def __init__(self, c: ModelConfig, window: int | None):
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c, window)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+    """Attention, then the MLP, each added to what came in. Where there are norms on both sides, the one before the MLP
+    is `pre_feedforward_layernorm`; where there is one, Llama calls that `post_attention_layernorm`."""
+
+    def __init__(self, c: ModelConfig, kind: LayerKind):
+        self.norms, self.multiplier = c.norms, c.residual_multiplier
+        if c.norms != "post":
+            self.input_layernorm = RMSNorm(c.hidden_size, c)
+        self.self_attn = Attention(c, kind)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c)
+        if c.norms == "both":
+            self.pre_feedforward_layernorm = RMSNorm(c.hidden_size, c)
         self.mlp = MLP(c)
+        if c.norms != "pre":
+            self.post_feedforward_layernorm = RMSNorm(c.hidden_size, c)
 
     def __call__(
         self, x_BTM: jax.Array, where: Where, lora: Any = None, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         """The block's output, and its part of the cache with these tokens in it."""
+        before_attention, after_attention, before_mlp, after_mlp = self._norms()
         x_BTM = checkpoint_name(x_BTM, "block_input")
-        attended, cache = self.self_attn(self.input_layernorm(x_BTM), where, part(lora, "self_attn"), cache)
-        x_BTM = checkpoint_name(x_BTM + attended, "mid")
-        return x_BTM + self.mlp(self.post_attention_layernorm(x_BTM), part(lora, "mlp")), cache
+        attended, cache = self.self_attn(before_attention(x_BTM), where, part(lora, "self_attn"), cache)
+        x_BTM = checkpoint_name(x_BTM + self._scaled(after_attention(attended)), "mid")
+        return x_BTM + self._scaled(after_mlp(self.mlp(before_mlp(x_BTM), part(lora, "mlp")))), cache
+
+    def _norms(self):
+        if self.norms == "pre":
+            return self.input_layernorm, _same, self.post_attention_layernorm, _same
+        if self.norms == "post":
+            return _same, self.post_attention_layernorm, _same, self.post_feedforward_layernorm
+        return (
+            self.input_layernorm,
+            self.post_attention_layernorm,
+            self.pre_feedforward_layernorm,
+            self.post_feedforward_layernorm,
+        )
+
+    def _scaled(self, x):
+        # In float32: 0.22, say, has no 16-bit value.
+        return x if self.multiplier == 1 else (x.astype(jnp.float32) * self.multiplier).astype(x.dtype)

@@ -22,9 +22,8 @@ TILE = 128
 _COLUMN = ("tensor", "fsdp")
 _ROW = ("fsdp", "tensor")
 RULES: dict[str, tuple[str, str]] = {
-    **dict.fromkeys(
-        ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"), _COLUMN
-    ),
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), _COLUMN),
+    **dict.fromkeys(("qkv_proj", "gate_up_proj", "embed_tokens", "lm_head"), _COLUMN),
     **dict.fromkeys(("o_proj", "down_proj"), _ROW),
 }
 """A module's name -> the axes of its weight's (out, in). What is not named here (norms) is whole everywhere."""

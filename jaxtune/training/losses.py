@@ -39,10 +39,15 @@ def label_nll(
             remat=remat,
         )
         hidden_TM = hidden_RLM.reshape(-1, hidden_RLM.shape[-1])
-        if temperature != 1.0:
-            hidden_TM = hidden_TM / temperature  # and so the logits
         head_VM = model.head(params).astype(hidden_TM.dtype)
-        return linear_cross_entropy(hidden_TM, head_VM, batch["labels"].reshape(-1))
+        return linear_cross_entropy(
+            hidden_TM,
+            head_VM,
+            batch["labels"].reshape(-1),
+            scale=model.config.logit_scale,
+            softcap=model.config.logit_softcap,
+            temperature=temperature,
+        )
 
     return nll
 

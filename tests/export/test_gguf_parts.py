@@ -11,6 +11,7 @@ from jaxtune.export.gguf import pretokenizers, tensors
 from jaxtune.export.gguf.folder import size_label
 from jaxtune.export.gguf.quants import TensorType, encode
 from jaxtune.export.gguf.writer import TensorInfo, write_gguf
+from jaxtune.models.config import RopeConfig
 from tests.export.byte_level import LLAMA_3
 from tests.kit import tiny
 
@@ -94,6 +95,34 @@ def test_a_stored_head_of_a_tied_model_and_stored_frequencies_are_left_out():
     config = tiny.model(tie_word_embeddings=True).config
     stored = ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq", "model.norm.weight"]
     assert tensors.gguf_names(config, stored, "x") == {"output_norm.weight": "model.norm.weight"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what"),
+    [
+        ({"qkv_bias": True}, "qkv_bias without o_bias"),
+        ({"windows": (8, 8)}, "windows"),
+        ({"qk_norm": "head"}, "qk_norm"),
+        ({"fused_projections": True}, "fused_projections"),
+        ({"norms": "both", "logit_softcap": 30.0}, "norms, logit_softcap"),
+        ({"rope": RopeConfig(theta=1e4, dim=16)}, "partial"),
+        (
+            {"rope": RopeConfig(theta=1e4, kind="yarn", attention_factor=1.1, original_max_position=8)},
+            "scaled",
+        ),
+        ({"residual_multiplier": 0.5}, "residual_multiplier"),
+    ],
+)
+def test_what_is_more_than_a_llama_is_refused(overrides, what):
+    with pytest.raises(UnsupportedModelError, match=what):
+        tensors.require_llama(tiny.model(**overrides).config)
+
+
+def test_a_llama_with_biases_or_stretched_wavelengths_is_one():
+    linear = RopeConfig(theta=1e4, kind="linear", factor=2.0)
+    config = tiny.model(qkv_bias=True, o_bias=True, mlp_bias=True, rope=linear).config
+    tensors.require_llama(config)
+    np.testing.assert_allclose(tensors.rope_factors(config), 2.0)
 
 
 @pytest.mark.parametrize(

@@ -17,21 +17,34 @@ def make(seed=0, dtype=jnp.float32):
     return jax.random.normal(x, (T, D), dtype), jax.random.normal(w, (V, D), dtype), labels
 
 
-def plain(x, w, labels):
-    logp = jax.nn.log_softmax((x @ w.T).astype(jnp.float32))
+FORMS = {
+    "plain": {},
+    "scale": {"scale": 0.25},
+    "temperature": {"temperature": 0.7},
+    "softcap": {"softcap": 2.0},
+    "all three": {"scale": 0.25, "softcap": 2.0, "temperature": 0.7},
+}
+
+
+def plain(x, w, labels, scale=1.0, softcap=None, temperature=1.0):
+    logits = scale * (x @ w.T).astype(jnp.float32)
+    logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+    logp = jax.nn.log_softmax(logits / temperature)
     nll = -jnp.take_along_axis(logp, jnp.maximum(labels, 0)[:, None], 1)[:, 0]
     return jnp.where(labels == -100, 0.0, nll)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("chunk", [1024, 16, 37])
-def test_value(chunk):
+def test_value(chunk, form):
     x, w, labels = make()
-    assert_close(linear_cross_entropy(x, w, labels, chunk=chunk), plain(x, w, labels), 1e-6)
+    ours = linear_cross_entropy(x, w, labels, chunk=chunk, **FORMS[form])
+    assert_close(ours, plain(x, w, labels, **FORMS[form]), 1e-6)
 
 
 @pytest.mark.parametrize("argnums", [(0,), (1,), (0, 1)], ids=["hidden", "head", "both"])
-@pytest.mark.parametrize("chunk", [1024, 16])
-def test_gradient_for_any_weighting_of_tokens(chunk, argnums):
+@pytest.mark.parametrize(("chunk", "form"), [(1024, "plain"), *((16, form) for form in FORMS)])
+def test_gradient_for_any_weighting_of_tokens(chunk, form, argnums):
     """Unequal weights per token, as an RL loss has them."""
     x, w, labels = make()
     weights = jax.random.normal(jax.random.key(5), (T,))
@@ -39,8 +52,9 @@ def test_gradient_for_any_weighting_of_tokens(chunk, argnums):
     def weighted(f):
         return jax.jit(jax.grad(lambda x, w: (f(x, w) * weights).sum(), argnums))(x, w)
 
-    ours = weighted(lambda x, w: linear_cross_entropy(x, w, labels, chunk=chunk))
-    for mine, theirs in zip(ours, weighted(lambda x, w: plain(x, w, labels)), strict=True):
+    ours = weighted(lambda x, w: linear_cross_entropy(x, w, labels, chunk=chunk, **FORMS[form]))
+    written_out = weighted(lambda x, w: plain(x, w, labels, **FORMS[form]))
+    for mine, theirs in zip(ours, written_out, strict=True):
         assert_close(mine, theirs, 1e-5)
 
 

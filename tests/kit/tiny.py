@@ -10,15 +10,17 @@ from jaxtune.lora import tree as lora_tree
 from jaxtune.lora.config import LoraConfig
 from jaxtune.models import names
 from jaxtune.models.causal_lm import CausalLM
-from jaxtune.models.config import ModelConfig, RopeConfig
+from jaxtune.models.config import LayerKind, ModelConfig, RopeConfig
 from jaxtune.quant import nf4
 
+ROPE = RopeConfig(theta=1e4)
 
-def model(**overrides) -> CausalLM:
+
+def model(*, windows=(None, None), rope=ROPE, **overrides) -> CausalLM:
+    """One layer for each window, all turned by one rope."""
     settings = dict(
         vocab_size=128, hidden_size=128, intermediate_size=256, num_heads=4, num_kv_heads=2, head_dim=32,
-        rms_norm_eps=1e-5, rope=RopeConfig(theta=1e4), tie_word_embeddings=False, attention_bias=False,
-        mlp_bias=False, windows=(None, None),
+        rms_norm_eps=1e-5, tie_word_embeddings=False, layers=tuple(map(LayerKind, windows)), ropes=(rope,),
     )  # fmt: skip
     return CausalLM(ModelConfig(**{**settings, **overrides}), LoraConfig(r=4))
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxtune.errors import ConfigError
 from jaxtune.models import names, rope
 from jaxtune.models.cache import KVCache
 from jaxtune.models.causal_lm import _apply
@@ -22,7 +21,7 @@ WINDOWS = (4, 4, None, 4, 4, None, 4)
 
 @pytest.fixture(scope="module")
 def case():
-    model = tiny.model(windows=WINDOWS, period=3)
+    model = tiny.model(windows=WINDOWS)
     tokens = np.random.default_rng(0).integers(0, 128, (2, 20)).astype(np.int32)
     return model, tiny.params(model), tiny.lora(model), tokens
 
@@ -47,11 +46,11 @@ def layer_by_layer(model, params, tokens):
             files[name] = jax.tree.map(lambda a, i=i: a[i], leaf) if names.is_stacked(path) else leaf
     ones = jnp.ones(tokens.shape, jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    turn = rope.tables(positions, rope.frequencies(c.rope, c.head_dim))
-    where = Where(ones, positions, ones, positions, *turn, None)
+    turns = tuple(rope.tables(positions, rope.frequencies(r, c.head_dim)) for r in c.ropes)
+    where = Where(ones, positions, ones, positions, turns, None)
     x = params["embed_tokens"]["weight"][tokens]
-    for i, window in enumerate(c.windows):
-        definition, state = nnx.split(jax.eval_shape(lambda window=window: Block(c, window)))
+    for i, kind in enumerate(c.layers):
+        definition, state = nnx.split(jax.eval_shape(lambda kind=kind: Block(c, kind)))
 
         def named(path, _, i=i):
             return files[".".join(("model.layers", str(i), *names.keys(path)))]
@@ -113,13 +112,27 @@ def test_one_value_of_configuration_is_one_program(case):
         return params["norm"]["weight"]
 
     count(model, params)
-    count(tiny.model(windows=WINDOWS, period=3), params)
+    count(tiny.model(windows=WINDOWS), params)
     assert len(traced) == 1
 
 
-def test_windows_must_follow_the_period():
-    with pytest.raises(ConfigError, match="do not repeat"):
-        tiny.model(windows=(None, 2))
+@pytest.mark.parametrize(
+    ("windows", "segments"),
+    [
+        ([None] * 4, [(4, 1)]),
+        ([2, None] * 13, [(26, 2)]),
+        (([2] * 5 + [None]) * 5, [(30, 6)]),
+        (([2] * 5 + [None]) * 4 + [2] * 2, [(24, 6), (2, 2)]),  # Gemma 3 1B
+        ([None] * 3 + [2] * 4, [(3, 1), (4, 1)]),  # Qwen 2 with max_window_layers
+        ([2, 2, None, 2], [(2, 1), (1, 1), (1, 1)]),
+        ([2], [(1, 1)]),
+    ],
+)
+def test_the_pattern_is_found(windows, segments):
+    """(layers, period) of each stretch; together they are all layers in order."""
+    found = tiny.model(windows=tuple(windows)).config.segments
+    assert [(len(layers), period) for layers, period in found] == segments
+    assert [i for layers, _ in found for i in layers] == [*range(len(windows))]
 
 
 def test_apply_without_a_jit_of_ones_own_compiles_once(case):

@@ -1,5 +1,5 @@
-"""Llama configs as people publish them, old key styles included: each builds its model, and every weight of a
-published index has a place. The files are read where the project keeps them, and are not ours to commit."""
+"""Configs as people publish them, old key styles included: each builds its model, and every weight of a published index
+has a place. The files are read where the project keeps them, and are not ours to commit."""
 
 import json
 from pathlib import Path
@@ -10,21 +10,17 @@ import pytest
 from jaxtune.loading.config import read_config
 from jaxtune.models import names
 from jaxtune.models.causal_lm import CausalLM
+from jaxtune.models.config import LayerKind
 from jaxtune.models.families import FAMILIES
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "fixtures" / "published"
 
 
-def llamas():
-    for path in sorted(PUBLISHED.glob("*/config.json")):
-        config = json.loads(path.read_text())
-        scaling = config.get("rope_scaling") or {}
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if config.get("model_type") in FAMILIES and kind in ("default", "llama3"):
-            yield path.parent
-
-
-FOLDERS = list(llamas())
+FOLDERS = [
+    path.parent
+    for path in sorted(PUBLISHED.glob("*/config.json"))
+    if json.loads(path.read_text()).get("model_type") in FAMILIES
+]
 if not FOLDERS:
     print(f"no published configs in {PUBLISHED}: the tests over them have no cases")
 
@@ -39,6 +35,22 @@ def test_builds_and_accounts_for_every_weight(folder):
     if index.is_file() and "quantization_config" not in hf:
         found = set(json.loads(index.read_text())["weight_map"])
         assert {name for name in found if not name.endswith("rotary_emb.inv_freq")} == expected
+
+
+def published(name):
+    return [folder for folder in FOLDERS if folder.name == name]
+
+
+@pytest.mark.parametrize("folder", published("gemma-3-4b-text"), ids=lambda folder: folder.name)
+def test_two_ropes_of_an_old_gemma_3_config(folder):
+    """`rope_theta`, `rope_local_base_freq` and `rope_scaling` side by side."""
+    c = FAMILIES["gemma3_text"](read_config(folder))
+    assert [(rope.kind, rope.theta, rope.factor) for rope in c.ropes] == [
+        ("linear", 1e6, 8.0),
+        ("default", 1e4, 1.0),
+    ]
+    assert c.layers[:6] == (LayerKind(1024, 1),) * 5 + (LayerKind(None, 0),)
+    assert c.segments == ((range(30), 6), (range(30, 34), 4))
 
 
 @pytest.mark.parametrize(

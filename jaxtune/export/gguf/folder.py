@@ -63,6 +63,7 @@ def save_gguf(
     """Writes `<folder>_gguf/`: a file for each method, and a Modelfile for the first. `name` is what the model is
     called: its hub id, say, of which files take the last part. Gives the paths of the files."""
     given = check_methods(quantization_method)
+    tensors.require_llama(config)
     folder = Path(f"{Path(folder)}_gguf")
     title = Path(name).name or "model"
     with Checkpoint(base) as checkpoint:

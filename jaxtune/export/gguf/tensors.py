@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.errors import CheckpointError
+from jaxtune.errors import CheckpointError, UnsupportedModelError
 from jaxtune.export.gguf.quants import Q8_BLOCK, TensorType
 from jaxtune.export.gguf.writer import TensorInfo
-from jaxtune.models.config import ModelConfig
+from jaxtune.models.config import LayerKind, ModelConfig
 from jaxtune.models.rope import frequencies
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -37,6 +37,33 @@ _INSIDE = {
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
+_LLAMAS_OWN = {"max_position", "qkv_bias", "o_bias", "mlp_bias"}
+"""Settings with a default that a Llama may change."""
+
+
+def require_llama(c: ModelConfig) -> None:
+    """Everything beyond Llama's graph would be left out by a reader of `general.architecture` "llama"."""
+    more = [
+        field.name
+        for field in dataclasses.fields(c)
+        if field.default is not dataclasses.MISSING
+        and field.name not in _LLAMAS_OWN
+        and getattr(c, field.name) != field.default
+    ]
+    if c.qkv_bias != c.o_bias:
+        more.append("qkv_bias without o_bias" if c.qkv_bias else "o_bias without qkv_bias")
+    if set(c.layers) != {LayerKind()}:
+        more.append("windows or layers without positions")
+    if any(rope.dim is not None or rope.attention_factor != 1 for rope in c.ropes):
+        more.append("a partial or scaled rotary embedding")
+    if more:
+        raise UnsupportedModelError(
+            f"This model is more than a Llama: it has {', '.join(more)}.",
+            expected="Llama's own architecture (a Mistral without a window has it); no other is written as GGUF yet.",
+            fix="Save it with save_pretrained_merged, and convert that folder with llama.cpp's convert_hf_to_gguf.py.",
+        )
+
+
 def settings(c: ModelConfig) -> dict[str, Any]:
     """The key/values of `general.architecture` "llama"."""
     return {
@@ -50,7 +77,7 @@ def settings(c: ModelConfig) -> dict[str, Any]:
         "llama.attention.value_length": np.uint32(c.head_dim),
         "llama.attention.layer_norm_rms_epsilon": np.float32(c.rms_norm_eps),
         "llama.rope.dimension_count": np.uint32(c.head_dim),
-        "llama.rope.freq_base": np.float32(c.rope.theta),
+        "llama.rope.freq_base": np.float32(c.ropes[0].theta),
         "llama.vocab_size": np.uint32(c.vocab_size),
     }
 
@@ -73,7 +100,7 @@ def file_tensors(
     kind: TensorType,
 ) -> Iterator[TensorInfo]:
     """What a file whose matrices are of type `kind` holds; `shape(name)` is asked for each of `names`."""
-    if c.rope.kind != "default":
+    if c.ropes[0].kind != "default":
         yield TensorInfo(ROPE_FACTORS, (c.head_dim // 2,), TensorType.F32)
     for name in names:
         yield TensorInfo(name, shape(name), tensor_type(name, shape(name), kind))
@@ -97,8 +124,9 @@ def reorder(c: ModelConfig, name: str, array: np.ndarray) -> np.ndarray:
 
 def rope_factors(c: ModelConfig) -> np.ndarray:
     """By how much each frequency is slowed, float32 [head_dim / 2]."""
-    plain = dataclasses.replace(c.rope, kind="default")
-    return frequencies(plain, c.head_dim) / frequencies(c.rope, c.head_dim)
+    rope = c.ropes[0]
+    plain = dataclasses.replace(rope, kind="default")
+    return frequencies(plain, c.head_dim) / frequencies(rope, c.head_dim)
 
 
 def _gguf_name(name: str, source: object) -> str:

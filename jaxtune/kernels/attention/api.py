@@ -24,11 +24,13 @@ def attention(
     kv_positions_BS: jax.Array,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Queries [B, T, H, D] against keys and values [B, S, K, D] -> [B, T, H, D].
 
     Visible are keys of the query's own segment (0 is padding), no later in position, at most `window - 1` earlier.
+    `softcap` turns scores into softcap tanh(score / softcap), before the mask.
     Outputs of padding queries are finite and mean nothing. `implementation`: see `kernels.choice`.
     """
     choose(NAME, implementation, IMPLEMENTATIONS)
@@ -42,5 +44,6 @@ def attention(
         kv_positions_BS=kv_positions_BS,
         scale=scale,
         window=window,
+        softcap=softcap,
         block=BLOCK,
     )

@@ -26,12 +26,20 @@ def attention(
     kv_positions_BS: jax.Array,
     scale: float,
     window: int | None,
+    softcap: float | None,
     block: int,
 ) -> jax.Array:
     B, T, H, D = q_BTHD.shape
     K = k_BSKD.shape[2]
     one = functools.partial(
-        _attend, k=k_BSKD, v=v_BSKD, kv_seg=kv_segments_BS, kv_pos=kv_positions_BS, scale=scale, window=window
+        _attend,
+        k=k_BSKD,
+        v=v_BSKD,
+        kv_seg=kv_segments_BS,
+        kv_pos=kv_positions_BS,
+        scale=scale,
+        window=window,
+        softcap=softcap,
     )
     q = q_BTHD.reshape(B, T, K, H // K, D)
     # The backward pass keeps no scores: they are computed again. (Nothing could be shared with the forward pass inside
@@ -52,12 +60,14 @@ def attention(
     return jnp.moveaxis(out, 0, 1).reshape(B, n * block, H, D)[:, :T]
 
 
-def _attend(q, q_seg, q_pos, *, k, v, kv_seg, kv_pos, scale, window):
+def _attend(q, q_seg, q_pos, *, k, v, kv_seg, kv_pos, scale, window, softcap):
     q_seg, q_pos, kv_seg, kv_pos = q_seg[:, :, None], q_pos[:, :, None], kv_seg[:, None], kv_pos[:, None]
     visible = (q_seg == kv_seg) & (q_seg != 0) & (kv_pos <= q_pos)
     if window is not None:
         visible &= q_pos - kv_pos < window
     scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, v)

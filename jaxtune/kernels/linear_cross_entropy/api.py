@@ -27,27 +27,32 @@ def linear_cross_entropy(
     w_VD: jax.Array,
     labels_T: jax.Array,
     *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
     chunk: int = CHUNK,
     implementation: str | None = None,
 ) -> jax.Array:
-    """-log softmax(x @ w.T)[label] for each token, float32 [T]; 0 (and no gradient) where the label is -100."""
+    """-log softmax(logits)[label] for each token, float32 [T]; 0 (and no gradient) where the label is -100.
+
+    Logits are scale x @ w.T; with a `softcap`, softcap tanh(that / softcap); divided by the temperature."""
     choose(NAME, implementation, IMPLEMENTATIONS)
-    return _nll(chunk, x_TD, w_VD, labels_T)
+    return _nll(chunk, reference.Form(scale, softcap, temperature), x_TD, w_VD, labels_T)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _nll(chunk, x_TD, w_VD, labels_T):
-    return reference.map_chunks(lambda x, y: reference.nll_of_chunk(x, w_VD, y), chunk, x_TD, labels_T)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _nll(chunk, form, x_TD, w_VD, labels_T):
+    return reference.map_chunks(lambda x, y: reference.nll_of_chunk(x, w_VD, y, form), chunk, x_TD, labels_T)
 
 
-def _fwd(chunk, x, w, labels):
+def _fwd(chunk, form, x, w, labels):
     x_TD, w_VD, labels_T = x.value, w.value, labels.value
-    nll_and_dx = functools.partial(reference.nll_and_dx_of_chunk, w_VD=w_VD)
+    nll_and_dx = functools.partial(reference.nll_and_dx_of_chunk, w_VD=w_VD, form=form)
     nll_T, dx_TD = reference.map_chunks(lambda x, y: nll_and_dx(x, labels_C=y), chunk, x_TD, labels_T)
     return nll_T, (dx_TD, (x_TD, w_VD, labels_T) if w.perturbed else None)
 
 
-def _bwd(chunk, residuals, dnll_T):
+def _bwd(chunk, form, residuals, dnll_T):
     dx_TD, for_dw = residuals
     if isinstance(dnll_T, jax.custom_derivatives.SymbolicZero):
         dnll_T = jnp.zeros(dnll_T.shape, dnll_T.dtype)
@@ -57,7 +62,7 @@ def _bwd(chunk, residuals, dnll_T):
     x_TD, w_VD, labels_T = for_dw
     zero = jnp.zeros(w_VD.shape, jnp.float32)
     dw_VD = reference.sum_chunks(
-        lambda x, dnll, y: reference.dw_of_chunk(x, w_VD, y, dnll), chunk, zero, x_TD, dnll_T, labels_T
+        lambda x, dnll, y: reference.dw_of_chunk(x, w_VD, y, dnll, form), chunk, zero, x_TD, dnll_T, labels_T
     )
     return dx_TD, dw_VD.astype(w_VD.dtype), None
 
