@@ -2,7 +2,16 @@
 
 from jaxtune.quant.eight_bit import Float8, Float8Array, Int8, Int8Array
 from jaxtune.quant.four_bit import FourBit, FourBitArray, FP4Array, NF4Array
-from jaxtune.quant.packed import Format, PackedArray, abstract, bytes_per_weight, dequantize, matmul, quantize
+from jaxtune.quant.packed import (
+    Format,
+    PackedArray,
+    Unpacked,
+    abstract,
+    bytes_per_weight,
+    dequantize,
+    matmul,
+    quantize,
+)
 
 __all__ = [
     "FP4Array",
@@ -15,6 +24,7 @@ __all__ = [
     "Int8Array",
     "NF4Array",
     "PackedArray",
+    "Unpacked",
     "abstract",
     "bytes_per_weight",
     "dequantize",

@@ -7,6 +7,7 @@ goes through these, so a further precision is a further class, and nothing else.
 """
 
 import abc
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, Self
@@ -29,6 +30,17 @@ class Format(Protocol):
 
     def quantize(self, w: jax.Array) -> Any:
         """w [out, in] -> a packed array."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Unpacked:
+    """The format of weights that stay as they are, in 16 or 32 bits."""
+
+    bits: ClassVar[int] = 16
+    name: ClassVar[str] = "16 bits"
+
+    def quantize(self, w: jax.Array) -> jax.Array:
+        return w
 
 
 class PackedArray(abc.ABC):

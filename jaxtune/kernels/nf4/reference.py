@@ -1,5 +1,5 @@
 """NF4 and FP4 in plain XLA: quantise, dequantise. This is what CPU and every GPU without a kernel run, and what kernels
-are held to. All arithmetic is float32 in bitsandbytes' order, so that codes, scales and values are bit-equal to its own.
+are held to. All arithmetic is float32 in bitsandbytes' order: codes, scales and values are bit-equal to its own.
 
 Shapes: N = out, K = in, NB = blocks of 64 in all, G = groups of 256 blocks.
 """
