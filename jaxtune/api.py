@@ -76,10 +76,11 @@ class FastLanguageModel:
     ) -> tuple[LanguageModel, Any]:
         """(model, tokenizer) from a hub id, a folder, or a PEFT adapter's id or folder (its base is found and loaded).
 
-        Weights are packed in NF4 with double quantisation, unless one other precision is asked for: `load_in_8bit` (int8),
-        `load_in_fp8` (True: a scale a row; "block": one for 128 x 128), `load_in_16bit` or `load_in_4bit=False` (as they
-        are, in `dtype`), or `quantization_config`: transformers' BitsAndBytesConfig, or a dict of its names, for plain
-        NF4 and FP4. A checkpoint of bitsandbytes' stays as it is. `dtype=None` is bfloat16 on a GPU, float32 on a CPU."""
+        Weights are packed in NF4 with double quantisation, unless one other precision is asked for: `load_in_8bit`
+        (int8), `load_in_fp8` (True: a scale a row; "block": one for 128 x 128), `load_in_16bit` or
+        `load_in_4bit=False` (as they are, in `dtype`), or `quantization_config`, transformers' BitsAndBytesConfig or a
+        dict of its names, for plain NF4 and FP4. A bitsandbytes checkpoint stays as it is. `dtype=None` is bfloat16 on
+        a GPU, float32 on a CPU."""
         precision = choose_precision(
             load_in_4bit=load_in_4bit,
             load_in_8bit=load_in_8bit,

@@ -1,5 +1,5 @@
-"""A model's packed arrays as a bitsandbytes checkpoint: the folder that transformers' `from_pretrained` loads in 4 bits (or
-in int8) without quantising anything again. Codes and scales are written as they are; only the order of nibbles changes.
+"""A model's packed arrays as a bitsandbytes checkpoint: the folder that transformers' `from_pretrained` loads in 4 bits
+(or int8) without quantising anything again. Codes and scales are written as they are; only nibbles change places.
 """
 
 import functools

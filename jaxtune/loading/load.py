@@ -1,4 +1,4 @@
-"""Fills `params` from a checkpoint: pieces of it are read ahead by threads, sent to the device, packed there and written
+"""Fills `params` from a checkpoint: pieces of it are read ahead by threads, sent to the device, packed there and put
 into the donated buffer of their stack, so that neither host nor device ever holds a second copy of the model.
 
 Everything that can be checked without reading weights is checked before the first byte is sent. The programs, one for
@@ -51,8 +51,8 @@ def load_params(
     dtype: jnp.dtype,
     precision: Format | None = None,
 ) -> Params:
-    """The tree of `model.skeleton` with arrays: linears packed in `precision`, all else in `dtype`. Without a precision,
-    what the checkpoint holds packed stays as it is, and other checkpoints are packed in NF4."""
+    """The tree of `model.skeleton` with arrays: linears packed in `precision`, all else in `dtype`. Without a
+    precision, what the checkpoint holds packed stays as it is, and others are packed in NF4."""
     leaves = plan(model, checkpoint, dtype=dtype, precision=precision)
     device = jax.config.jax_default_device or jax.local_devices()[0]
     require_room(leaves, device, in_flight=IN_FLIGHT)
@@ -61,7 +61,7 @@ def load_params(
     flags: dict[str, list[jax.Array]] = collections.defaultdict(list)
     in_flight: collections.deque[tuple[jax.Array, int]] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(COMPILING) as compilers:
-        programs: dict[Hashable, concurrent.futures.Future] = {}
+        programs: dict[tuple[Hashable, ...], concurrent.futures.Future] = {}
         bar = progress_bar(total=len(pieces), unit="piece", desc="loading", leave=False)
         for (piece, size), arrays in read_ahead(
             ((each, each[1]) for each in _started(pieces, checkpoint, device, compilers, programs)),
@@ -125,7 +125,7 @@ def _size(piece: Piece, checkpoint: Checkpoint) -> int:
     )
 
 
-def _program_key(piece: Piece, checkpoint: Checkpoint) -> Hashable:
+def _program_key(piece: Piece, checkpoint: Checkpoint) -> tuple[Hashable, ...]:
     target, structure = jax.tree.flatten(piece.leaf.target)
     return (
         piece.source.stored,

@@ -58,7 +58,9 @@ def plan(
         for path, shape in shapes.items()
     }
     _report_unknown(model, checkpoint, [source for each in sources.values() for source in each])
-    kept = {source.stored.format for each in sources.values() for source in each} - {None}
+    kept: set[Format] = {
+        s.stored.format for each in sources.values() for s in each if s.stored.format is not None
+    }
     if kept:
         _require_compatible(checkpoint, kept, precision)
     leaves = []
@@ -95,7 +97,7 @@ def _kept(path: names.Path, sources: list[Source]) -> Format:
         return next(iter(kinds)).format or Unpacked()
     if any(kind.format for kind in kinds):
         log.warning(
-            "%s is quantised in some layers only (%d of %d): it is held in 16 bits in all of them, with the same values.",
+            "%s is quantised in some layers only (%d of %d): all of them hold it in 16 bits, with the same values.",
             ".".join(map(str, path[3:])), sum(s.stored.format is not None for s in sources), len(sources),
         )  # fmt: skip
     return Unpacked()

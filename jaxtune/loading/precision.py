@@ -1,5 +1,5 @@
-"""Which precision weights are packed in: Unsloth's switches or transformers' `quantization_config`, exactly one of them;
-and which quantised checkpoints are known."""
+"""Which precision weights are packed in: Unsloth's switches or transformers' `quantization_config`, exactly one; and
+which quantised checkpoints are known."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Brings mapped files into memory ahead of whoever uses them: several threads touch the pages, in order, within a bound.
+"""Brings mapped files into memory ahead of whoever uses them: several threads touch pages, in order, within a bound.
 
 Nothing is copied: an array stays a view into its file, and its pages are the system's to take back.
 """
@@ -6,11 +6,8 @@ Nothing is copied: an array stays a view into its file, and its pages are the sy
 import collections
 import concurrent.futures
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
 
 import numpy as np
-
-T = TypeVar("T")
 
 THREADS = 8
 AHEAD = 1 << 30
@@ -18,7 +15,7 @@ AHEAD = 1 << 30
 _PAGE = 4096
 
 
-def read_ahead(
+def read_ahead[T](
     jobs: Iterable[tuple[T, int]], read: Callable[[T], dict[str, np.ndarray]], *, ahead: int = AHEAD
 ) -> Iterator[tuple[T, dict[str, np.ndarray]]]:
     """For each (job, bytes) in turn, the job and what `read(job)` gives, its pages already in memory.

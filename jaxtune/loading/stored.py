@@ -24,7 +24,7 @@ from jaxtune.kernels.nf4 import layout
 from jaxtune.kernels.scaled import Scaled
 from jaxtune.kernels.scaled import dequantize as dequantize_scaled
 from jaxtune.loading.checkpoint import Checkpoint
-from jaxtune.quant import Format, FourBit, Int8, Int8Array
+from jaxtune.quant import FourBit, Int8, Int8Array
 from jaxtune.quant.four_bit import ARRAYS
 
 Arrays = dict[str, Any]
@@ -126,7 +126,7 @@ class Source:
 
 
 def recognise(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> Source:
-    """How the weight `name` lies there, checked against the `shape` it must have. `dtype` is what it will be used in."""
+    """How the weight `name` lies there, checked against the `shape` it must have. `dtype` is what it is used in."""
     if f"{name}.absmax" in checkpoint:
         return _bnb4(checkpoint, name, shape)
     module = name.removesuffix("weight")
@@ -171,14 +171,15 @@ def _bnb4(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Source:
     size = math.prod(shape)
     blocks = -(-size // layout.BLOCK)
     wanted = {"weight": (-(-size // 2), 1), "absmax": (blocks, 1 if double else 4)}
-    tensors, constants = {"weight": name, "absmax": f"{name}.absmax"}, {}
+    tensors = {"weight": name, "absmax": f"{name}.absmax"}
+    constants: dict[str, np.ndarray] = {}
     if double:
         if f"{name}.nested_quant_map" not in checkpoint or "nested_offset" not in state:
             raise _incomplete(checkpoint, name, f"{name}.nested_quant_map and nested_offset")
         _require_map(checkpoint, f"{name}.nested_quant_map", layout.DYNAMIC_MAP)
         wanted["nested_absmax"] = (-(-blocks // layout.GROUP), 4)
         tensors["nested_absmax"] = f"{name}.nested_absmax"
-        constants["nested_offset"] = np.float32(state["nested_offset"])
+        constants["nested_offset"] = np.asarray(state["nested_offset"], np.float32)
     for part, (count, itemsize) in wanted.items():
         found = math.prod(checkpoint.shape(tensors[part])) * checkpoint.dtype(tensors[part]).itemsize
         # The last byte of a wider bnb_4bit_quant_storage may be padding.

@@ -1,4 +1,4 @@
-"""bitsandbytes checkpoints, both ways: what transformers wrote is loaded bit for bit and never dequantised; what we save,
+"""bitsandbytes checkpoints, both ways: what transformers wrote is loaded bit for bit, never dequantised; what we save,
 transformers loads, and computes the same logits as from its own."""
 
 import json
@@ -160,17 +160,17 @@ def test_int8_checkpoints_too(plain, tmp_path):
     assert_close(again.apply(again.params, None, jnp.asarray(TOKENS)), logits(theirs), 0.05)
 
 
+@pytest.fixture(scope="module")
+def checkpoint(plain, tmp_path_factory):
+    """One linear of one layer is in 16 bits, as in checkpoints that spare some modules."""
+    folder = tmp_path_factory.mktemp("edited") / "model"
+    theirs = write_theirs(
+        plain("nf4"), folder, FourBit(), llm_int8_skip_modules=["lm_head", "model.layers.1.mlp.up_proj"]
+    )
+    return theirs, folder
+
+
 class TestChoice:
-    """One layer of `edited` is in 16 bits, as in checkpoints that spare some modules."""
-
-    @pytest.fixture(scope="class")
-    def checkpoint(self, plain, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("edited") / "model"
-        theirs = write_theirs(
-            plain("nf4"), folder, FourBit(), llm_int8_skip_modules=["lm_head", "model.layers.1.mlp.up_proj"]
-        )
-        return theirs, folder
-
     def test_it_is_made_by_what_lies_beside_each_weight(self, checkpoint, caplog):
         theirs, folder = checkpoint
         with caplog.at_level("WARNING", "jaxtune"):
