@@ -68,12 +68,12 @@ def load_params(
             lambda each: each[0].source.read(checkpoint, each[0].rows),
         ):
             leaf = piece.leaf
+            empty, write = programs[_program_key(piece, checkpoint)].result()
             if leaf.path not in buffers:
-                buffers[leaf.path] = jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), leaf.target)
-            program = programs[_program_key(piece, checkpoint)].result()
+                buffers[leaf.path] = empty()
             # A copy: on a CPU the device's array could otherwise be the mapped file itself.
             sent = jax.device_put(arrays, may_alias=False)
-            buffers[leaf.path], flag = program(buffers[leaf.path], sent, np.int32(piece.at))
+            buffers[leaf.path], flag = write(buffers[leaf.path], sent, np.int32(piece.at))
             del arrays, sent
             flags[piece.source.name].append(flag)
             in_flight.append((flag, size))
@@ -147,7 +147,7 @@ def _started(pieces, checkpoint, device, compilers, programs):
 
 @functools.lru_cache(maxsize=256)
 def _compile(device, stored, is_stacked, parts, structure, target_specs):
-    """The program that writes such a piece; compiled once for all loads of this process."""
+    """The programs that make a leaf of zeros and write such a piece into it; compiled once in a process."""
 
     def spec(shape, dtype):
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
@@ -155,8 +155,12 @@ def _compile(device, stored, is_stacked, parts, structure, target_specs):
     buffer = jax.tree.unflatten(structure, [spec(*each) for each in target_specs])
     arrays = {part: spec(*each) for part, each in parts}
     write = functools.partial(_write, stored=stored, is_stacked=is_stacked)
+    zeros = lambda: jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), buffer)
     with jax.default_device(device):
-        return jax.jit(write, donate_argnums=0).lower(buffer, arrays, spec((), "int32")).compile()
+        return (
+            jax.jit(zeros).lower().compile(),
+            jax.jit(write, donate_argnums=0).lower(buffer, arrays, spec((), "int32")).compile(),
+        )
 
 
 def _write(buffer: Any, arrays: Arrays, at: jax.Array, *, stored: Stored, is_stacked: bool) -> Any:

@@ -8,6 +8,7 @@ goes through these, so a further precision is a further class, and nothing else.
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, Self
@@ -30,6 +31,8 @@ class Format(Protocol):
 
     def quantize(self, w: jax.Array) -> Any:
         """w [out, in] -> a packed array."""
+
+    def __hash__(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +110,12 @@ def quantize(w: jax.Array, format: Format) -> Any:
 
 def abstract(shape: tuple[int, ...], dtype: Any, format: Format) -> Any:
     """The shapes that `quantize` would give for a weight of this shape."""
+    return _abstract(tuple(shape), jnp.dtype(dtype), format)
+
+
+@functools.lru_cache(maxsize=1024)
+def _abstract(shape: tuple[int, ...], dtype: jnp.dtype, format: Format) -> Any:
+    """Tracing a quantiser takes 0.1 s, and a model has few shapes."""
     return jax.eval_shape(lambda w: quantize(w, format), jax.ShapeDtypeStruct(shape, dtype))
 
 

@@ -84,7 +84,7 @@ def test_stacks_are_filled_in_place():
     specs, structure = jax.tree.flatten(abstract((64, 256, 256), "bfloat16"))
     target_specs = tuple((spec.shape, spec.dtype.name) for spec in specs)
     parts = (("weight", ((256, 256), "bfloat16")),)
-    compiled = load._compile(jax.devices()[0], Plain(), True, parts, structure, target_specs)
+    _, compiled = load._compile(jax.devices()[0], Plain(), True, parts, structure, target_specs)
     memory = compiled.memory_analysis()
     stack = sum(spec.size * spec.dtype.itemsize for spec in specs)
     assert memory.alias_size_in_bytes >= stack
