@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.compilation import enable_cache
-from jaxtune.errors import AdapterError, ModelNotFoundError, OptionError, UnsupportedModelError
+from jaxtune.errors import AdapterError, ModelNotFoundError, OptionError
 from jaxtune.language_model import LanguageModel
 from jaxtune.loading import adapter as adapters
 from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.loading.config import read_config
 from jaxtune.loading.hub import resolve
 from jaxtune.loading.load import load_params
+from jaxtune.loading.precision import choose_precision, require_known
 from jaxtune.loading.tokenizer import load_tokenizer
 from jaxtune.log import get_logger, show
 from jaxtune.lora import tree as lora_tree
@@ -41,8 +42,6 @@ _LOAD_WITHOUT_EFFECT = {
     "use_exact_model_name": ANY,
     "random_state": ANY,
     "disable_log_stats": ANY,
-    "load_in_8bit": False,
-    "load_in_fp8": False,
     "full_finetuning": False,
     "fast_inference": False,
     "rope_scaling": None,
@@ -72,22 +71,30 @@ class FastLanguageModel:
         max_seq_length: int | None = None,
         dtype: Any = None,
         load_in_4bit: bool | None = None,
+        load_in_8bit: bool = False,
         load_in_16bit: bool = False,
+        load_in_fp8: bool | str = False,
+        quantization_config: Any = None,
         token: str | None = None,
         revision: str | None = None,
         use_gradient_checkpointing: bool | str = "unsloth",
     ) -> tuple[LanguageModel, Any]:
         """(model, tokenizer) from a hub id, a folder, or a PEFT adapter's id or folder (its base is found and loaded).
 
-        Weights are packed in 4 bits unless `load_in_16bit=True` or `load_in_4bit=False`, which keep them in `dtype`;
-        `dtype=None` is bfloat16 on a GPU and float32 on a CPU. `max_seq_length=None` is 2048, or what the model was
-        trained for if that is less; beyond that, the rotary embedding of a model without scaling is stretched."""
-        if load_in_4bit and load_in_16bit:
-            raise OptionError(
-                "from_pretrained was given load_in_4bit=True and load_in_16bit=True.",
-                expected="one precision.",
-                fix="Leave one of them out.",
-            )
+        Weights are packed in NF4 with double quantisation, unless one other precision is asked for: `load_in_8bit`
+        (int8), `load_in_fp8` (True: a scale a row; "block": one for 128 x 128), `load_in_16bit` or
+        `load_in_4bit=False` (as they are, in `dtype`), or `quantization_config`, transformers' BitsAndBytesConfig or a
+        dict of its names, for plain NF4 and FP4. A bitsandbytes checkpoint stays as it is.
+
+        `dtype=None` is bfloat16 on a GPU, float32 on a CPU. `max_seq_length=None` is 2048, or what the model was trained
+        for if that is less; beyond that, the rotary embedding of a model without scaling is stretched."""
+        precision = choose_precision(
+            load_in_4bit=load_in_4bit,
+            load_in_8bit=load_in_8bit,
+            load_in_16bit=load_in_16bit,
+            load_in_fp8=load_in_fp8,
+            quantization_config=quantization_config,
+        )
         show()
         enable_cache()
         level(use_gradient_checkpointing)
@@ -95,7 +102,6 @@ class FastLanguageModel:
             raise OptionError(
                 f"max_seq_length={max_seq_length}.", expected="at least 2.", fix="Choose, for example, 2048."
             )
-        in_4bit = not load_in_16bit if load_in_4bit is None else load_in_4bit
         folder = resolve(model_name, revision=revision, token=token)
         adapter, tokenizer_folder = None, folder
         if adapters.is_adapter(folder):
@@ -105,7 +111,7 @@ class FastLanguageModel:
             if not (tokenizer_folder / "tokenizer.json").is_file():
                 tokenizer_folder = folder
         hf = read_config(folder, supported=FAMILIES)
-        _refuse_quantized(hf, folder)
+        require_known(hf, folder)
         config = FAMILIES[hf["model_type"]](hf)
         max_seq_length = max_seq_length or min(DEFAULT_LENGTH, config.max_position)
         causal_lm = CausalLM(at_length(config, max_seq_length))
@@ -113,7 +119,7 @@ class FastLanguageModel:
             causal_lm = dataclasses.replace(causal_lm, lora_config=adapter.config)
         tokenizer = load_tokenizer(tokenizer_folder)
         with Checkpoint(folder) as checkpoint:
-            params = load_params(causal_lm, checkpoint, dtype=compute_dtype(dtype), in_4bit=in_4bit)
+            params = load_params(causal_lm, checkpoint, dtype=compute_dtype(dtype), precision=precision)
         lora = None
         if adapter is not None:
             lora = jax.tree.map(jnp.asarray, adapters.read_weights(adapter, causal_lm))
@@ -212,16 +218,6 @@ def compute_dtype(dtype: Any) -> jnp.dtype:
             fix="Leave dtype out for the default.",
         )
     return jnp.dtype(name)
-
-
-def _refuse_quantized(hf: dict, folder: Path) -> None:
-    quantization = hf.get("quantization_config")
-    if quantization:
-        raise UnsupportedModelError(
-            f"{folder} holds weights that are quantised already ({quantization.get('quant_method', 'unknown')}).",
-            expected="a 16-bit or 32-bit checkpoint: load_in_4bit quantises it while it loads.",
-            fix="Name the original model instead of its quantised copy.",
-        )
 
 
 def _stop_ids(folder: Path, hf: dict, tokenizer: Any) -> tuple[int, ...]:

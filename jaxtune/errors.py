@@ -37,6 +37,10 @@ class ChatTemplateError(JaxtuneError):
     """A tokenizer without a chat template, or a template that is unknown or cannot be rendered."""
 
 
+class DeviceMemoryError(JaxtuneError):
+    """A device without room for the model."""
+
+
 class AdapterError(JaxtuneError):
     """A LoRA configuration or adapter folder that does not fit the model."""
 

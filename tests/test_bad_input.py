@@ -154,11 +154,11 @@ def test_a_pickle_checkpoint(broken):
         load(broken)
 
 
-def test_a_checkpoint_that_is_quantised_already(broken):
+def test_a_checkpoint_that_is_quantised_in_an_unknown_way(broken):
     config = json.loads((broken / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (broken / "config.json").write_text(json.dumps(config))
-    with fails(errors.UnsupportedModelError, "bitsandbytes"):
+    with fails(errors.UnsupportedModelError, "gptq"):
         load(broken)
 
 
@@ -199,8 +199,8 @@ def test_a_mistyped_option(good):
 
 
 def test_an_option_that_is_not_here_yet(good):
-    with fails(errors.OptionError, "load_in_8bit=True"):
-        load(good, load_in_8bit=True)
+    with fails(errors.OptionError, "full_finetuning=True"):
+        load(good, full_finetuning=True)
 
 
 # ---- adapters ----

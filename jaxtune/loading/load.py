@@ -1,35 +1,47 @@
-"""Fills `params` from a checkpoint: one tensor at a time is read, sent to the device, packed there and written into the
-donated buffer of its stack, so that neither host nor device ever holds a second copy of the model.
+"""Fills `params` from a checkpoint: pieces of it are read ahead by threads, sent to the device, packed there and put
+into the donated buffer of their stack, so that neither host nor device ever holds a second copy of the model.
 
-Everything that can be checked without reading weights is checked before the first byte is sent.
+Everything that can be checked without reading weights is checked before the first byte is sent. The programs, one for
+each kind and shape of piece, are compiled by threads while the first pieces are read.
 """
 
 import collections
+import concurrent.futures
 import functools
-from typing import Any
+from collections.abc import Hashable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from jaxtune import quant
 from jaxtune.errors import CheckpointError
 from jaxtune.loading.checkpoint import Checkpoint
-from jaxtune.log import get_logger
+from jaxtune.loading.plan import CHUNK, Leaf, element, nbytes, plan, some
+from jaxtune.loading.read_ahead import read_ahead
+from jaxtune.loading.room import require_room
+from jaxtune.loading.stored import Arrays, Plain, Source, Stored
 from jaxtune.lora.tree import insert
-from jaxtune.models import names
 from jaxtune.models.causal_lm import CausalLM, Params
 from jaxtune.progress import progress_bar
-from jaxtune.quant import nf4
+from jaxtune.quant import Format, PackedArray
 
-log = get_logger(__name__)
+IN_FLIGHT = 256 << 20
+"""Bytes that may be on their way to the device at once: bounds what transfers pin on the host and hold there."""
+COMPILING = 4
+"""Programs that are compiled at once."""
 
-IN_FLIGHT = 4
-"""Tensors that may be on their way to the device at once: bounds the host memory that transfers pin."""
 
+class Piece(NamedTuple):
+    """What is read, sent and written at once: a weight, or some rows of a large table."""
 
-def is_quantized(path: names.Path, shape: tuple[int, ...]) -> bool:
-    """What becomes 4-bit: the linears inside the layers, as transformers and bitsandbytes choose."""
-    return names.is_stacked(path) and path[-1] == "weight" and len(shape) == 3
+    leaf: Leaf
+    source: Source
+    at: int
+    """Where it goes: its layer in the stack, or its first row."""
+    rows: slice | None = None
 
 
 def load_params(
@@ -37,40 +49,145 @@ def load_params(
     checkpoint: Checkpoint,
     *,
     dtype: jnp.dtype,
-    in_4bit: bool,
+    precision: Format | None = None,
 ) -> Params:
-    """The tree of `model.skeleton` with arrays: linears packed in NF4 if `in_4bit`, all else in `dtype`."""
-    leaves = [
-        (names.keys(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(model.skeleton)
-    ]
-    _check_names_and_shapes(model, checkpoint, leaves)
-    params: Params = {}
-    in_flight: collections.deque[jax.Array] = collections.deque()
-    finite: dict[str, jax.Array] = {}
-    total = sum(len(names.hf_names(model.config, path)) for path, _ in leaves)
-    bar = progress_bar(total=total, unit="tensor", desc="loading", leave=False)
-    for path, shape in leaves:
-        packed = in_4bit and is_quantized(path, shape)
-        stacked = names.is_stacked(path)
-        value = _buffer(shape, dtype, packed) if stacked else None
-        for i, name in enumerate(names.hf_names(model.config, path)):
+    """The tree of `model.skeleton` with arrays: linears packed in `precision`, all else in `dtype`. Without a
+    precision, what the checkpoint holds packed stays as it is, and others are packed in NF4."""
+    leaves = plan(model, checkpoint, dtype=dtype, precision=precision)
+    device = jax.config.jax_default_device or jax.local_devices()[0]
+    require_room(leaves, device, in_flight=IN_FLIGHT)
+    pieces = [(piece, _size(piece, checkpoint)) for leaf in leaves for piece in _pieces(leaf, checkpoint)]
+    buffers: dict[Any, Any] = {}
+    flags: dict[str, list[jax.Array]] = collections.defaultdict(list)
+    in_flight: collections.deque[tuple[jax.Array, int]] = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(COMPILING) as compilers:
+        programs: dict[tuple[Hashable, ...], concurrent.futures.Future] = {}
+        bar = progress_bar(total=len(pieces), unit="piece", desc="loading", leave=False)
+        for (piece, size), arrays in read_ahead(
+            ((each, each[1]) for each in _started(pieces, checkpoint, device, compilers, programs)),
+            lambda each: each[0].source.read(checkpoint, each[0].rows),
+        ):
+            leaf = piece.leaf
+            empty, write = programs[_program_key(piece, checkpoint)].result()
+            if leaf.path not in buffers:
+                buffers[leaf.path] = empty()
             # A copy: on a CPU the device's array could otherwise be the mapped file itself.
-            tensor = jax.device_put(checkpoint.read(name), may_alias=False)
-            if stacked:
-                value, finite[name] = _put(value, tensor, i)
-            else:
-                value = tensor.astype(dtype)
-                finite[name] = _is_finite(value)
-            in_flight.append(finite[name])
-            if len(in_flight) > IN_FLIGHT:
-                in_flight.popleft().block_until_ready()
+            sent = jax.device_put(arrays, may_alias=False)
+            buffers[leaf.path], flag = write(buffers[leaf.path], sent, np.int32(piece.at))
+            del arrays, sent
+            flags[piece.source.name].append(flag)
+            in_flight.append((flag, size))
+            while len(in_flight) > 1 and sum(size for _, size in in_flight) > IN_FLIGHT:
+                in_flight.popleft()[0].block_until_ready()
             bar.update()
-        insert(params, path, value)
-    bar.close()
-    broken = [name for name, ok in zip(finite, jax.device_get(list(finite.values())), strict=True) if not ok]
+        bar.close()
+    _require_finite(checkpoint, flags, dtype)
+    params: Params = {}
+    for leaf in leaves:
+        insert(params, leaf.path, buffers[leaf.path])
+    return params
+
+
+def _pieces(leaf: Leaf, checkpoint: Checkpoint) -> Iterator[Piece]:
+    if leaf.is_stacked:
+        yield from (Piece(leaf, source, i) for i, source in enumerate(leaf.sources))
+        return
+    (source,) = leaf.sources
+    size = nbytes(leaf.target)
+    if len(leaf.target.shape) < 2 or size <= CHUNK or not isinstance(source.stored, Plain):
+        yield Piece(leaf, source, 0)
+        return
+    count = leaf.target.shape[0]
+    rows = max(1, CHUNK * count // size)
+    for start in range(0, count, rows):
+        start = min(
+            start, count - rows
+        )  # the last one overlaps: all are of one shape, so that one program does
+        yield Piece(leaf, source, start, slice(start, start + rows))
+
+
+def _specs(piece: Piece, checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Part -> shape and dtype of what `source.read` will give."""
+    source, found = piece.source, {}
+    for part, name in source.tensors.items():
+        shape, dtype = checkpoint.shape(name), checkpoint.dtype(name)
+        if source.stored.format is not None and part == "weight" and source.stored.format.bits == 4:
+            shape, dtype = (int(np.prod(shape)) * dtype.itemsize,), np.dtype(np.uint8)
+        if piece.rows is not None:
+            shape = (piece.rows.stop - piece.rows.start, *shape[1:])
+        found[part] = (tuple(shape), jnp.dtype(dtype).name)
+    return found | {part: (value.shape, value.dtype.name) for part, value in source.constants.items()}
+
+
+def _size(piece: Piece, checkpoint: Checkpoint) -> int:
+    return sum(
+        int(np.prod(shape)) * jnp.dtype(dtype).itemsize for shape, dtype in _specs(piece, checkpoint).values()
+    )
+
+
+def _program_key(piece: Piece, checkpoint: Checkpoint) -> tuple[Hashable, ...]:
+    target, structure = jax.tree.flatten(piece.leaf.target)
+    return (
+        piece.source.stored,
+        piece.leaf.is_stacked,
+        tuple(sorted(_specs(piece, checkpoint).items())),
+        structure,
+        tuple((spec.shape, jnp.dtype(spec.dtype).name) for spec in target),
+    )
+
+
+def _started(pieces, checkpoint, device, compilers, programs):
+    """The pieces, each with its program being compiled by the time that it is read."""
+    for each in pieces:
+        key = _program_key(each[0], checkpoint)
+        if key not in programs:
+            programs[key] = compilers.submit(_compile, device, *key)
+        yield each
+
+
+@functools.lru_cache(maxsize=256)
+def _compile(device, stored, is_stacked, parts, structure, target_specs):
+    """The programs that make a leaf of zeros and write such a piece into it; compiled once in a process."""
+
+    def spec(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+    buffer = jax.tree.unflatten(structure, [spec(*each) for each in target_specs])
+    arrays = {part: spec(*each) for part, each in parts}
+    write = functools.partial(_write, stored=stored, is_stacked=is_stacked)
+    zeros = lambda: jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), buffer)
+    with jax.default_device(device):
+        return (
+            jax.jit(zeros).lower().compile(),
+            jax.jit(write, donate_argnums=0).lower(buffer, arrays, spec((), "int32")).compile(),
+        )
+
+
+def _write(buffer: Any, arrays: Arrays, at: jax.Array, *, stored: Stored, is_stacked: bool) -> Any:
+    """The buffer with one piece written into it, and whether that was finite."""
+    value = stored.decode(arrays)
+    target = element(buffer) if is_stacked else buffer
+    if isinstance(target, PackedArray) and not isinstance(value, PackedArray):
+        value = value.astype(target.dtype)
+        one = target.format.quantize(value)
+    elif isinstance(target, PackedArray):
+        one = value
+    else:
+        one = value = quant.dequantize(value, target.dtype)
+    numbers = [leaf for leaf in jax.tree.leaves(value) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in numbers]).all()
+    if is_stacked:
+        update = lambda stack, new: lax.dynamic_update_index_in_dim(stack, new, at, 0)
+    else:
+        update = lambda table, rows: lax.dynamic_update_slice_in_dim(table, rows, at, 0)
+    return jax.tree.map(update, buffer, one), finite
+
+
+def _require_finite(checkpoint: Checkpoint, flags: dict[str, list[jax.Array]], dtype: jnp.dtype) -> None:
+    broken = [name for name, ok in jax.device_get(dict(flags)).items() if not all(ok)]
     if broken:
         raise CheckpointError(
-            f"{checkpoint.folder}: {_some(broken)} hold NaN or infinite values.",
+            f"{checkpoint.folder}: {some(broken)} hold NaN or infinite values.",
             expected=f"finite weights in {jnp.dtype(dtype).name}.",
             fix="Use a checkpoint from before its training diverged"
             + (
@@ -79,76 +196,3 @@ def load_params(
                 else ", or download it again."
             ),
         )
-    return params
-
-
-def abstract_params(model: CausalLM, *, dtype: jnp.dtype, in_4bit: bool) -> Params:
-    """The shapes and dtypes that `load_params` would give."""
-
-    def leaf(path, spec):
-        packed = in_4bit and is_quantized(names.keys(path), spec.shape)
-        return nf4.abstract(spec.shape, dtype) if packed else jax.ShapeDtypeStruct(spec.shape, dtype)
-
-    return jax.tree_util.tree_map_with_path(leaf, model.skeleton)
-
-
-def _buffer(shape: tuple[int, ...], dtype: jnp.dtype, packed: bool) -> Any:
-    if not packed:
-        return jnp.zeros(shape, dtype)
-    return jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), nf4.abstract(shape, dtype))
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(buffer, tensor, i):
-    """Writes one repeat into the stack, packed if the stack is, and says whether it was finite."""
-    value = tensor.astype(buffer.dtype)
-    one = nf4.quantize(value) if isinstance(buffer, nf4.NF4Array) else value
-    buffer = jax.tree.map(lambda stack, new: lax.dynamic_update_index_in_dim(stack, new, i, 0), buffer, one)
-    return buffer, jnp.isfinite(value).all()
-
-
-@jax.jit
-def _is_finite(value):
-    return jnp.isfinite(value).all()
-
-
-def _check_names_and_shapes(
-    model: CausalLM, checkpoint: Checkpoint, leaves: list[tuple[names.Path, tuple[int, ...]]]
-) -> None:
-    expected = {
-        name: shape[1:] if names.is_stacked(path) else shape
-        for path, shape in leaves
-        for name in names.hf_names(model.config, path)
-    }
-    missing = [name for name in expected if name not in checkpoint]
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint.folder} lacks {len(missing)} of the {len(expected)} weights that its config asks for: "
-            f"{_some(missing)}.",
-            expected="every weight of the architecture.",
-            fix="Download the model again; if it is an adapter, name its folder with its adapter_config.json.",
-        )
-    for name, shape in expected.items():
-        if checkpoint.shape(name) != shape:
-            raise CheckpointError(
-                f"{checkpoint.folder}: {name} has the shape {checkpoint.shape(name)}.",
-                expected=f"{shape}, from config.json.",
-                fix="Use the config.json that was saved with these weights.",
-            )
-        if not jnp.issubdtype(checkpoint.dtype(name), jnp.floating):
-            raise CheckpointError(
-                f"{checkpoint.folder}: {name} is stored as {checkpoint.dtype(name)}.",
-                expected="float32, float16 or bfloat16.",
-                fix="Name the original 16-bit model instead of a quantised copy.",
-            )
-    ignored = set(checkpoint.names) - set(expected)
-    if model.config.tie_word_embeddings:
-        ignored.discard("lm_head.weight")
-    ignored = {name for name in ignored if not name.endswith("rotary_emb.inv_freq")}
-    if ignored:
-        log.warning("%s holds %d weights that this architecture has no place for: %s.",
-                    checkpoint.folder, len(ignored), _some(sorted(ignored)))  # fmt: skip
-
-
-def _some(items: list[str], most: int = 3) -> str:
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -12,12 +12,12 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxtune import quant
 from jaxtune.kernels.attention import attention
 from jaxtune.lora import apply as lora_apply
 from jaxtune.models import rope
 from jaxtune.models.cache import LayerCache
 from jaxtune.models.config import LayerKind, ModelConfig
-from jaxtune.quant import nf4
 
 
 class Where(NamedTuple):
@@ -52,7 +52,7 @@ class Linear(nnx.Module):
         self.has_bias = bias
 
     def __call__(self, x, lora=None):
-        y = nf4.matmul(x, self.weight.get_value())
+        y = quant.matmul(x, self.weight.get_value())
         if self.has_bias:
             y = y + self.bias.get_value().astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return y if lora is None else y + lora_apply.delta(x, lora)

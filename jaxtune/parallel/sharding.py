@@ -1,8 +1,8 @@
 """Which part of each array a device holds: rules beside the parameters' names, none in the model's code.
 
-A rule gives the mesh axes of a weight's (out, in). Packed arrays are cut along the same axes, but along `in` only in
-whole tiles of 128 inputs, which hold 64 bytes of codes and 2 scales; their second-level scales are whole everywhere
-(1/4096 of the codes). An adapter follows its weight: a has its `in`, b its `out`.
+A rule gives the mesh axes of a weight's (out, in). Packed arrays are cut along the same axes, in multiples of what
+their class says: 4-bit ones along `in` in whole tiles of 128 inputs. An adapter follows its weight: a has its `in`, b
+its `out`.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.errors import ShardingError
-from jaxtune.kernels.nf4.layout import is_planar
-from jaxtune.quant.nf4 import NF4Array
-
-TILE = 128
-"""Inputs in a tile of packed codes: what a shard along `in` is a multiple of."""
+from jaxtune.quant.packed import PackedArray
 
 _COLUMN = ("tensor", "fsdp")
 _ROW = ("fsdp", "tensor")
@@ -33,7 +29,7 @@ BATCH = P(None, ("data", "fsdp"), None)
 
 
 def param_shardings(params: Any, mesh: Mesh) -> Any:
-    """A sharding for every array of `params` (packed ones have four), in the same tree."""
+    """A sharding for every array of `params` (packed ones have several), in the same tree."""
     return _map_leaves(_weight, params, mesh)
 
 
@@ -54,21 +50,28 @@ def _map_leaves(rule: Callable, tree: Any, mesh: Mesh) -> Any:
             is_leaf=lambda x: isinstance(x, P),
         )
 
-    return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=lambda x: isinstance(x, NF4Array))
+    return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=lambda x: isinstance(x, PackedArray))
 
 
 def _weight(keys: tuple, weight: Any, mesh: Mesh) -> Any:
     axes = RULES.get(keys[-2]) if keys[-1] == "weight" else None
-    packed = isinstance(weight, NF4Array)
-    if packed and not is_planar(weight.out_in):
-        axes = None  # its blocks cross rows: whole everywhere
+    packed = isinstance(weight, PackedArray)
+    if packed and not weight.is_cuttable:
+        axes = None
     if axes is not None:
-        for size, axis, unit in zip(weight.shape[-2:], axes, (1, TILE if packed else 1), strict=True):
+        granule = weight.granule if packed else (1, 1)
+        for size, axis, unit in zip(weight.shape[-2:], axes, granule, strict=True):
             _require_whole(keys, size, axis, unit, mesh)
     if not packed:
         return P() if axes is None else P(*(None,) * (weight.ndim - 2), *axes)
-    cut = P() if axes is None else P(*(None,) * weight.offset.ndim, *axes)
-    return NF4Array(cut, cut, P(), P(), weight.out_in, weight.dtype)  # type: ignore[arg-type]
+    on = dict(zip(("out", "in"), axes or (None, None), strict=True))
+    leading = (None,) * len(weight.leading)
+
+    def place(*dims):
+        spec = tuple(on[dim] if dim else None for dim in dims)
+        return P(*leading, *spec) if any(spec) else P()
+
+    return weight.map_axes(place)
 
 
 def _factor(keys: tuple, factor: Any, mesh: Mesh) -> P:

@@ -7,12 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from jaxtune import FastLanguageModel
-from jaxtune.loading.load import _buffer, _put, abstract_params
-from jaxtune.quant.nf4 import NF4Array, quantize
+from jaxtune.loading import load
+from jaxtune.loading.plan import abstract_params
+from jaxtune.loading.stored import Plain
+from jaxtune.quant import Float8, FourBit, Int8, Unpacked
+from jaxtune.quant.nf4 import NF4Array, abstract, quantize
 from tests.kit import models
-from tests.kit.compare import assert_trees_equal
+from tests.kit.compare import assert_close, assert_trees_equal
 from tests.kit.hub import FakeHub
 
 
@@ -22,14 +26,39 @@ def base(tmp_path_factory):
     return theirs, models.save(theirs, tmp_path_factory.mktemp("load") / "model", max_shard_size="200KB")
 
 
-@pytest.mark.parametrize("in_4bit", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_shapes_are_known_beforehand(base, dtype, in_4bit):
-    model, _ = FastLanguageModel.from_pretrained(base[1], dtype=dtype, load_in_4bit=in_4bit)
-    promised = abstract_params(model.causal_lm, dtype=jnp.dtype(dtype), in_4bit=in_4bit)
+PRECISIONS = [
+    ({}, FourBit()),
+    ({"load_in_4bit": False}, Unpacked()),
+    ({"load_in_16bit": True}, Unpacked()),
+    ({"load_in_8bit": True}, Int8()),
+    ({"load_in_fp8": True}, Float8()),
+    ({"load_in_fp8": "block"}, Float8(128)),
+    ({"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}, FourBit("nf4", False)),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "precision", "dtype"),
+    [(*each, "bfloat16") for each in PRECISIONS] + [({}, FourBit(), "float32"), ({}, FourBit(), "float16")],
+)
+def test_shapes_are_known_beforehand(base, options, precision, dtype):
+    model, _ = FastLanguageModel.from_pretrained(base[1], dtype=dtype, **options)
+    promised = abstract_params(model.causal_lm, dtype=jnp.dtype(dtype), precision=precision)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), model.params) == jax.tree.map(
         lambda x: (x.shape, x.dtype), promised
     )
+
+
+@pytest.mark.parametrize(("options", "precision"), PRECISIONS[2:])
+def test_every_precision_computes(base, options, precision):
+    """Logits near the original's, as near as its bits allow. Gradients: tests/quant/test_packed.py."""
+    theirs, folder = base
+    model, _ = FastLanguageModel.from_pretrained(folder, dtype="float32", **options)
+    tokens = np.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens)).logits.numpy()
+    tolerance = {4: 0.35, 8: 0.1, 16: 1e-5}[precision.bits]
+    assert_close(model.apply(model.params, None, jnp.asarray(tokens)), expected, tolerance)
 
 
 def test_linears_are_packed_and_nothing_else(base):
@@ -52,12 +81,34 @@ def test_linears_are_packed_and_nothing_else(base):
 
 def test_stacks_are_filled_in_place():
     """The buffer is donated and reused: writing a layer allocates one layer, never a second stack."""
-    buffer = _buffer((64, 256, 256), jnp.dtype("bfloat16"), packed=True)
-    compiled = _put.lower(buffer, jnp.zeros((256, 256), jnp.bfloat16), 0).compile()
+    specs, structure = jax.tree.flatten(abstract((64, 256, 256), "bfloat16"))
+    target_specs = tuple((spec.shape, spec.dtype.name) for spec in specs)
+    parts = (("weight", ((256, 256), "bfloat16")),)
+    _, compiled = load._compile(jax.devices()[0], Plain(), True, parts, structure, target_specs)
     memory = compiled.memory_analysis()
-    stack = sum(leaf.nbytes for leaf in jax.tree.leaves(buffer))
+    stack = sum(spec.size * spec.dtype.itemsize for spec in specs)
     assert memory.alias_size_in_bytes >= stack
     assert memory.temp_size_in_bytes < stack
+
+
+def test_large_tables_come_in_pieces_of_one_shape(base, monkeypatch):
+    """384 rows in pieces of 100 and less: the last overlaps, and every row arrives."""
+    theirs, folder = base
+    monkeypatch.setattr(load, "CHUNK", 100 * 128 * 4)
+    params = FastLanguageModel.from_pretrained(folder, dtype="float32")[0].params
+    np.testing.assert_array_equal(
+        params["embed_tokens"]["weight"], theirs.model.embed_tokens.weight.detach().numpy()
+    )
+
+
+def test_a_model_is_loaded_by_a_program_a_shape(base):
+    """However many layers there are; a second load compiles nothing."""
+    load._compile.cache_clear()
+    FastLanguageModel.from_pretrained(base[1], dtype="bfloat16")
+    programs = load._compile.cache_info().misses
+    assert programs == 7, "embedding, last norm, norms, q and o, k and v, gate and up, down"
+    FastLanguageModel.from_pretrained(base[1], dtype="bfloat16")
+    assert load._compile.cache_info().misses == programs
 
 
 def test_weights_without_a_place_are_reported(base, tmp_path, caplog):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxtune.errors import ShardingError
-from jaxtune.loading.load import abstract_params
+from jaxtune.loading.plan import abstract_params
 from jaxtune.parallel.mesh import make_mesh
 from jaxtune.parallel.sharding import batch_sharding, lora_shardings, param_shardings
 from jaxtune.training.losses import next_token_loss, unwatched
@@ -64,7 +64,7 @@ def test_step_on_a_mesh_equals_one_device(case, axes):
 
 def test_packed_inputs_are_cut_in_whole_tiles():
     """256 inputs are two tiles: four parts would cut through one."""
-    params = abstract_params(tiny.model(**SIZES), dtype=jax.numpy.float32, in_4bit=True)
+    params = abstract_params(tiny.model(**SIZES), dtype=jax.numpy.float32)
     param_shardings(params, make_mesh(fsdp=2))
     with pytest.raises(ShardingError, match="multiples of 128"):
         param_shardings(params, make_mesh(fsdp=4))

@@ -1,8 +1,8 @@
-"""NF4's constants and the order of nibbles: the 16 values, the 256-entry map of double-quantised scales, and how
-codes are packed into bytes. Blocks of 64 weights share a scale, as in bitsandbytes, whatever the order.
+"""NF4's and FP4's constants and the order of nibbles: the 16 values, the 256-entry map of double-quantised scales, and
+how codes are packed into bytes. Blocks of 64 weights share a scale, as in bitsandbytes, whatever the order.
 
 planar  input size a multiple of 64: byte j of a 128-wide tile holds input j (low nibble) and input 64 + j (high), so
-        each nibble plane has one scale. An odd number of blocks is padded with code 7, which is zero.
+        each nibble plane has one scale. An odd number of blocks is padded with the code of zero.
 flat    any other input size: blocks cross rows; bitsandbytes' own order, even elements in the high nibble.
 """
 
@@ -14,7 +14,6 @@ BLOCK = 64
 """Weights that share one scale."""
 GROUP = 256
 """Scales that share one second-level scale."""
-ZERO_CODE = 7
 
 VALUES = np.array(
     [
@@ -25,6 +24,11 @@ VALUES = np.array(
     ],
     np.float32,
 )  # fmt: skip
+FP4_VALUES = np.array([0, 1 / 16, 8, 12, 4, 6, 2, 3, 0, -1 / 16, -8, -12, -4, -6, -2, -3], np.float32) / 12
+"""A sign, two bits of exponent and one of mantissa, divided by the largest; code 8 is a second zero."""
+TABLES: dict[str, np.ndarray] = {"nf4": VALUES, "fp4": FP4_VALUES}
+"""Code -> value, by bitsandbytes' name of the type."""
+ZERO_CODES = {"nf4": 7, "fp4": 0}
 
 
 def _dynamic_map() -> np.ndarray:
@@ -52,14 +56,14 @@ def is_planar(shape: tuple[int, int]) -> bool:
     return shape[1] % BLOCK == 0
 
 
-def pack(codes: jax.Array) -> jax.Array:
+def pack(codes: jax.Array, zero: int = ZERO_CODES["nf4"]) -> jax.Array:
     """codes uint8 [out, in] in 0..15 -> packed bytes: [out, bytes] planar, or [bytes] flat."""
     out, inn = codes.shape
     if not is_planar((out, inn)):
         flat = jnp.pad(codes.reshape(-1), (0, codes.size % 2))
         return flat[0::2] << 4 | flat[1::2]
     padding = inn % (2 * BLOCK)
-    tiles = jnp.pad(codes, ((0, 0), (0, padding)), constant_values=ZERO_CODE).reshape(out, -1, 2, BLOCK)
+    tiles = jnp.pad(codes, ((0, 0), (0, padding)), constant_values=zero).reshape(out, -1, 2, BLOCK)
     return (tiles[:, :, 0] | tiles[:, :, 1] << 4).reshape(out, -1)
 
 
@@ -70,7 +74,22 @@ def unpack(packed: jax.Array, shape: tuple[int, int]) -> jax.Array:
     out, inn = shape
     if not is_planar(shape):
         codes = jnp.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)[: out * inn]
-        return jnp.pad(codes, (0, -codes.size % BLOCK), constant_values=ZERO_CODE).reshape(-1, BLOCK)
+        return jnp.pad(codes, (0, -codes.size % BLOCK)).reshape(-1, BLOCK)
     byte = packed.reshape(out, -1, 1, BLOCK)
     planes = jnp.concatenate([byte & 15, byte >> 4], axis=2).reshape(out, -1, BLOCK)
     return planes[:, : inn // BLOCK]
+
+
+def from_bitsandbytes(flat: jax.Array, shape: tuple[int, int], zero: int) -> jax.Array:
+    """bitsandbytes' bytes [ceil(out * in / 2)] -> the same codes in our order."""
+    if not is_planar(shape):
+        return flat
+    return pack(jnp.stack([flat >> 4, flat & 15], axis=-1).reshape(shape), zero)
+
+
+def to_bitsandbytes(packed: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """The inverse of `from_bitsandbytes`."""
+    if not is_planar(shape):
+        return packed
+    pairs = unpack(packed, shape).reshape(-1, 2)
+    return pairs[:, 0] << 4 | pairs[:, 1]

@@ -1,5 +1,5 @@
-"""NF4 in plain XLA: quantise, dequantise. This is what CPU and every GPU without a kernel run, and what kernels are
-held to. All arithmetic is float32 in bitsandbytes' order, so that codes, scales and values are bit-equal to its own.
+"""NF4 and FP4 in plain XLA: quantise, dequantise. This is what CPU and every GPU without a kernel run, and what kernels
+are held to. All arithmetic is float32 in bitsandbytes' order: codes, scales and values are bit-equal to its own.
 
 Shapes: N = out, K = in, NB = blocks of 64 in all, G = groups of 256 blocks.
 """
@@ -11,27 +11,38 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxtune.kernels.nf4.layout import BLOCK, DYNAMIC_MAP, GROUP, VALUES, is_planar, pack, unpack
+from jaxtune.kernels.nf4.layout import BLOCK, DYNAMIC_MAP, GROUP, TABLES, ZERO_CODES, is_planar, pack, unpack
 
-_VALUE_EDGES = (VALUES[:-1] + VALUES[1:]) / 2
 _MAP_EDGES = (DYNAMIC_MAP[:-1] + DYNAMIC_MAP[1:]) / 2
 
 
-def quantize(w_NK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """w [N, K] -> packed codes uint8, absmax uint8 [N, K/64] (flat: [NB]), nested_absmax f32 [G], offset f32 []."""
+def quantize(
+    w_NK: jax.Array, *, values: str, double: bool
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+    """w [N, K] -> packed codes uint8, absmax [N, K/64] (flat: [NB]), nested_absmax f32 [G], offset f32 [].
+
+    `double` quantises the scales as well: absmax is then uint8. Without, it is float32, and the last two are None."""
     shape = w_NK.shape
     assert len(shape) == 2, shape
     flat = w_NK.astype(jnp.float32).reshape(-1)
     blocks = jnp.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
     absmax = jnp.abs(blocks).max(axis=1)
-    # The reciprocal, then a product: two roundings, as bitsandbytes. A block of zeros gets code 7 everywhere.
-    inverse = lax.optimization_barrier(1.0 / jnp.where(absmax > 0, absmax, 1.0))
-    scaled = jnp.clip(blocks * inverse[:, None], -1, 1)
-    codes = _count_edges_below(scaled, _VALUE_EDGES).reshape(-1)[: flat.size].reshape(shape)
+    # The reciprocal, then a product: two roundings, as bitsandbytes. A block of zeros gets the code of zero everywhere.
+    divisor = jnp.where(absmax > 0, absmax, 1.0)
+    inverse = lax.optimization_barrier(1.0 / divisor)
+    scaled = blocks * inverse[:, None]
+    if flat.size % BLOCK:  # the short last block, though, bitsandbytes divides
+        scaled = scaled.at[-1].set(blocks[-1] / divisor[-1])
+    table = TABLES[values]
+    order = np.argsort(table, kind="stable").astype(np.uint8)
+    ranks = _count_edges_below(jnp.clip(scaled, -1, 1), (table[order[:-1]] + table[order[1:]]) / 2)
+    codes = ranks if (order == np.arange(16)).all() else jnp.asarray(order)[ranks]
+    packed = pack(codes.reshape(-1)[: flat.size].reshape(shape), ZERO_CODES[values])
+    by_row = (shape[0], -1) if is_planar(shape) else (-1,)
+    if not double:
+        return packed, absmax.reshape(by_row), None, None
     absmax_codes, nested_absmax, offset = quantize_absmax(absmax)
-    if is_planar(shape):
-        absmax_codes = absmax_codes.reshape(shape[0], -1)
-    return pack(codes), absmax_codes, nested_absmax, offset
+    return packed, absmax_codes.reshape(by_row), nested_absmax, offset
 
 
 def quantize_absmax(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -58,16 +69,18 @@ def decode_absmax(absmax: jax.Array, nested_absmax: jax.Array, offset: jax.Array
 def dequantize(
     codes: jax.Array,
     absmax: jax.Array,
-    nested_absmax: jax.Array,
-    offset: jax.Array,
+    nested_absmax: jax.Array | None,
+    offset: jax.Array | None,
     *,
     shape: tuple[int, int],
     dtype: jnp.dtype,
+    values: str,
 ) -> jax.Array:
     """The weight [N, K] in `dtype`: value times scale in float32, rounded once."""
-    scales = decode_absmax(absmax, nested_absmax, offset)
-    values = jnp.asarray(VALUES)[unpack(codes, shape)]
-    weight = (values * scales[..., None]).astype(dtype)
+    scales = absmax
+    if nested_absmax is not None and offset is not None:
+        scales = decode_absmax(absmax, nested_absmax, offset)
+    weight = (jnp.asarray(TABLES[values])[unpack(codes, shape)] * scales[..., None]).astype(dtype)
     if is_planar(shape):
         return weight.reshape(shape)  # straight to its shape: a detour over one axis would undo any sharding
     return weight.reshape(-1)[: math.prod(shape)].reshape(shape)

@@ -1,0 +1,184 @@
+"""A model's packed arrays as a bitsandbytes checkpoint: the folder that transformers' `from_pretrained` loads in 4 bits
+(or int8) without quantising anything again. Codes and scales are written as they are; only nibbles change places.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtune.errors import UnsupportedModelError
+from jaxtune.export.merged_folder import (
+    EARLIER,
+    INDEX_FILE,
+    SINGLE_FILE,
+    _index,
+    _refuse_other_models,
+    _write_json,
+    _write_settings,
+    _write_tokenizer,
+    parse_size,
+)
+from jaxtune.export.safetensors_stream import Entry, write_safetensors
+from jaxtune.folders import staged
+from jaxtune.kernels.nf4 import layout
+from jaxtune.loading.config import CONFIG_FILE
+from jaxtune.models import names
+from jaxtune.models.causal_lm import CausalLM, Params
+from jaxtune.quant import Format, FourBit, FourBitArray, Int8Array, PackedArray
+
+Tensors = dict[str, tuple[Entry, Callable[[], np.ndarray]]]
+"""Name -> what the header says of it, and what gives it."""
+
+
+def save_bnb(
+    folder: str | Path,
+    base: Path,
+    model: CausalLM,
+    params: Params,
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Writes `params` as they are, with the settings and the tokenizer of `base`, the folder that they came from."""
+    folder, limit = Path(folder), parse_size(max_shard_size)
+    formats: set[Format] = set()
+    kept: list[str] = []
+    tensors: Tensors = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        params, is_leaf=lambda x: isinstance(x, PackedArray)
+    ):
+        path = names.keys(path)
+        for i, name in enumerate(names.hf_names(model.config, path)):
+            one = (
+                functools.partial(_repeat, leaf, i)
+                if names.is_stacked(path)
+                else functools.partial(_whole, leaf)
+            )
+            shape = leaf.shape[1:] if names.is_stacked(path) else leaf.shape
+            tensors |= {entry.name: (entry, read) for entry, read in _tensors(name, shape, leaf, one)}
+            if isinstance(leaf, PackedArray):
+                formats.add(leaf.format)
+            elif names.is_stacked(path) and len(leaf.shape) == 3:
+                kept.append(name.removesuffix(".weight"))
+    _refuse_other_models(folder, base)
+    shards = _shards([entry for entry, _ in tensors.values()], limit)
+    with staged(folder, marker=CONFIG_FILE, replaces=EARLIER) as stage:
+        for file, entries in shards.items():
+            write_safetensors(stage / file, entries, lambda name: tensors[name][1]())
+        if set(shards) != {SINGLE_FILE}:
+            _write_json(stage / INDEX_FILE, _index(shards))
+        _write_tokenizer(stage, base, tokenizer)
+        dtype = np.dtype(params["norm"]["weight"].dtype)
+        _write_settings(stage, base, model.config, dtype, getattr(tokenizer, "eos_token_id", None))
+        config = json.loads((stage / CONFIG_FILE).read_text(encoding="utf-8"))
+        config["quantization_config"] = quantization_config(formats, dtype, kept)
+        _write_json(stage / CONFIG_FILE, config)
+
+
+def quantization_config(formats: set[Format], dtype: np.dtype, kept: list[str]) -> dict[str, Any]:
+    """What transformers reads. `kept` are linears of the layers that are not packed."""
+    if len(formats) != 1:
+        found = " and ".join(sorted(format.name for format in formats)) or "no packed weights"
+        raise UnsupportedModelError(
+            f"The model holds {found}.",
+            expected="packed weights of one kind: that is what a bitsandbytes checkpoint can hold.",
+            fix="Save it with save_pretrained_merged, in 16 bits.",
+        )
+    (format,) = formats
+    four = format if isinstance(format, FourBit) else None
+    return {
+        "_load_in_4bit": four is not None,
+        "_load_in_8bit": four is None,
+        "bnb_4bit_compute_dtype": dtype.name,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": four.values if four else "fp4",
+        "bnb_4bit_use_double_quant": four.double if four else False,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        # A list replaces transformers' own choice, which is the head.
+        "llm_int8_skip_modules": ["lm_head", *kept] if kept else None,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": four is not None,
+        "load_in_8bit": four is None,
+        "quant_method": "bitsandbytes",
+    }
+
+
+def _tensors(
+    name: str, shape: tuple[int, ...], leaf: Any, one: Callable[[], Any]
+) -> Iterator[tuple[Entry, Callable[[], np.ndarray]]]:
+    """The tensors of one weight; `one()` fetches it to the host when it is written."""
+    if isinstance(leaf, FourBitArray):
+        yield from _four_bit(name, leaf, one)
+    elif isinstance(leaf, Int8Array):
+        module = name.removesuffix("weight")
+        yield Entry(name, leaf.out_in, np.dtype(np.int8)), lambda: np.asarray(one().codes)
+        yield Entry(f"{module}SCB", leaf.out_in[:1], np.dtype(np.float32)), lambda: np.asarray(one().scales)
+        yield Entry(f"{module}weight_format", (), np.dtype(np.uint8)), lambda: np.zeros((), np.uint8)
+    elif isinstance(leaf, PackedArray):
+        raise UnsupportedModelError(
+            f"{name} is held in {leaf.format.name}.",
+            expected="4 bits or int8, which is what bitsandbytes has.",
+            fix="Load the model with load_in_4bit or load_in_8bit.",
+        )
+    else:
+        yield Entry(name, shape, np.dtype(leaf.dtype)), lambda: np.asarray(one())
+
+
+def _four_bit(
+    name: str, leaf: FourBitArray, one: Callable[[], Any]
+) -> Iterator[tuple[Entry, Callable[[], np.ndarray]]]:
+    out, inn = leaf.out_in
+    blocks = -(-out * inn // layout.BLOCK)
+    state: dict[str, Any] = {
+        "quant_type": leaf.values,
+        "blocksize": layout.BLOCK,
+        "dtype": leaf.dtype,
+        "shape": [out, inn],
+    }
+
+    def entry(part: str, shape: tuple[int, ...], dtype: Any) -> Entry:
+        return Entry(f"{name}{part}", shape, np.dtype(dtype))
+
+    yield (
+        entry("", (-(-out * inn // 2), 1), np.uint8),
+        lambda: np.asarray(layout.to_bitsandbytes(one().codes, leaf.out_in)),
+    )
+    yield entry(".absmax", (blocks,), leaf.absmax.dtype), lambda: np.asarray(one().absmax)
+    yield entry(".quant_map", (16,), np.float32), lambda: layout.TABLES[leaf.values]
+    if leaf.nested_absmax is not None:
+        groups = -(-blocks // layout.GROUP)
+        yield entry(".nested_absmax", (groups,), np.float32), lambda: np.asarray(one().nested_absmax)
+        yield entry(".nested_quant_map", (256,), np.float32), lambda: layout.DYNAMIC_MAP
+        # The offset lies in the JSON, whose length the header says: it is needed now.
+        state |= {
+            "nested_blocksize": layout.GROUP,
+            "nested_dtype": "float32",
+            "nested_offset": float(one().offset),
+        }
+    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    yield entry(f".quant_state.bitsandbytes__{leaf.values}", text.shape, np.uint8), lambda: text
+
+
+def _repeat(stack: Any, i: int) -> Any:
+    return jax.tree.map(lambda array: array[i], stack)
+
+
+def _whole(leaf: Any) -> Any:
+    return leaf
+
+
+def _shards(entries: list[Entry], limit: int) -> dict[str, list[Entry]]:
+    groups: list[list[Entry]] = [[]]
+    for entry in entries:
+        if groups[-1] and sum(each.nbytes for each in groups[-1]) + entry.nbytes > limit:
+            groups.append([])
+        groups[-1].append(entry)
+    if len(groups) == 1:
+        return {SINGLE_FILE: entries}
+    return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups, 1)}

@@ -1,0 +1,102 @@
+"""Which precision weights are packed in: Unsloth's switches or transformers' `quantization_config`, exactly one; and
+which quantised checkpoints are known."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxtune.errors import OptionError, UnsupportedModelError
+from jaxtune.quant import Float8, Format, FourBit, Int8, Unpacked
+
+KNOWN_METHODS = ("bitsandbytes", "fp8")
+
+
+def choose_precision(
+    *,
+    load_in_4bit: bool | None = None,
+    load_in_8bit: bool = False,
+    load_in_16bit: bool = False,
+    load_in_fp8: bool | str = False,
+    quantization_config: Any = None,
+) -> Format | None:
+    """The one precision that was asked for; None if none was: the checkpoint's own, or NF4."""
+    asked: dict[str, Format] = {}
+    if load_in_4bit:
+        asked["load_in_4bit=True"] = FourBit()
+    if load_in_8bit:
+        asked["load_in_8bit=True"] = Int8()
+    if load_in_16bit:
+        asked["load_in_16bit=True"] = Unpacked()
+    if load_in_fp8:
+        asked[f"load_in_fp8={load_in_fp8!r}"] = _float8(load_in_fp8)
+    if quantization_config is not None:
+        asked["quantization_config"] = _from_config(quantization_config)
+        if asked["quantization_config"].bits == 4:
+            asked.pop("load_in_4bit=True", None)  # which says the same, only less
+    if len(asked) > 1:
+        raise OptionError(
+            f"from_pretrained was given {' and '.join(asked)}.",
+            expected="one precision.",
+            fix="Leave one of them out.",
+        )
+    if asked:
+        return next(iter(asked.values()))
+    return Unpacked() if load_in_4bit is False else None
+
+
+def _float8(value: bool | str) -> Float8:
+    if value not in (True, "row", "block"):
+        raise OptionError(
+            f"load_in_fp8={value!r}.",
+            expected='True or "row" (a scale a row), or "block" (one for 128 x 128 weights).',
+            fix="Leave load_in_fp8 out for 4 bits.",
+        )
+    return Float8(128 if value == "block" else None)
+
+
+def _from_config(config: Any) -> Format:
+    """transformers' BitsAndBytesConfig, or a mapping of its names."""
+
+    def get(name: str, default: Any) -> Any:
+        found = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+        return default if found is None else found
+
+    in_4bit, in_8bit = bool(get("load_in_4bit", False)), bool(get("load_in_8bit", False))
+    if in_4bit == in_8bit:
+        raise OptionError(
+            f"quantization_config has load_in_4bit={in_4bit} and load_in_8bit={in_8bit}.",
+            expected="one of the two.",
+            fix="Set the one that you mean; for 16 bits pass load_in_16bit=True and no quantization_config.",
+        )
+    if in_8bit:
+        return Int8()
+    values = str(get("bnb_4bit_quant_type", "fp4")).lower()
+    if values not in ("nf4", "fp4"):
+        raise OptionError(
+            f"quantization_config has bnb_4bit_quant_type={values!r}.",
+            expected="'nf4' or 'fp4', as in bitsandbytes (where 'fp4' is the default).",
+            fix="Choose 'nf4'.",
+        )
+    return FourBit(values, bool(get("bnb_4bit_use_double_quant", False)))
+
+
+def require_known(hf: Mapping[str, Any], folder: Path) -> None:
+    """Refuses, by its config, a checkpoint that was quantised in a way that we cannot read. What a known one holds is
+    decided tensor by tensor."""
+    quantization = hf.get("quantization_config")
+    if not quantization:
+        return
+    method = quantization.get("quant_method") or str(quantization.get("quant_algo", "unknown")).lower()
+    if method not in KNOWN_METHODS:
+        raise UnsupportedModelError(
+            f"{folder} holds weights that are quantised already ({method}).",
+            expected=f"weights in 16 or 32 bits, or quantised by {' or '.join(KNOWN_METHODS)}.",
+            fix="Name the original model instead of its quantised copy: load_in_4bit quantises it while it loads.",
+        )
+    if method == "fp8" and list(quantization.get("weight_block_size") or [128, 128]) != [128, 128]:
+        raise UnsupportedModelError(
+            f"{folder} holds float8 weights in blocks of {json.dumps(quantization['weight_block_size'])}.",
+            expected="blocks of [128, 128], or one scale for a weight or a row.",
+            fix="Name the original model instead of its quantised copy.",
+        )
