@@ -55,7 +55,7 @@ class Decoder(nnx.Module):
             *rope.tables(positions_BT, np.asarray(self.rope_frequencies, np.float32)),
             column,
         )
-        x_BTM = self.embed_tokens(tokens_BT)
+        x_BTM = self.embed_tokens(tokens_BT, part(lora, "embed_tokens"))
         for s, blocks in enumerate(self.layers):
             adapters = [part(part(part(lora, "layers"), s), p) for p in range(len(blocks))]
             x_BTM, cache = _scan(list(blocks), adapters, x_BTM, where, cache, s, remat)
