@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from jaxtune.loading.load import load_params
 from jaxtune.loading.precision import choose_precision, require_known
 from jaxtune.loading.tokenizer import load_tokenizer
 from jaxtune.log import get_logger, show
+from jaxtune.lora import init as lora_init
 from jaxtune.lora import tree as lora_tree
-from jaxtune.lora.config import PROJECTIONS, LoraConfig
-from jaxtune.models.causal_lm import CausalLM
+from jaxtune.lora.config import ALL_LINEAR, LOFTQ, PISSA, PROJECTIONS, WHOLE_MODULES, LoraConfig
+from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.models.context import at_length
 from jaxtune.models.families import FAMILIES
 from jaxtune.options import ANY, mirrors
@@ -48,15 +49,13 @@ _LOAD_WITHOUT_EFFECT = {
     "resize_model_vocab": None,
 }
 _LORA_WITHOUT_EFFECT = {
-    "bias": "none",
-    "lora_dropout": (0, 0.0),
-    "layers_to_transform": None,
-    "layers_pattern": None,
-    "modules_to_save": None,
-    "init_lora_weights": True,
-    "loftq_config": (None, {}),
-    "use_dora": False,
     "max_seq_length": ANY,
+    "task_type": ANY,
+    "ensure_weight_tying": (None, False),
+    "target_parameters": None,
+    "offload_layers": None,
+    "checkpoint_skip_layers": (0, None),
+    "qat_scheme": None,
     "temporary_location": ANY,
 }
 
@@ -86,8 +85,8 @@ class FastLanguageModel:
         `load_in_4bit=False` (as they are, in `dtype`), or `quantization_config`, transformers' BitsAndBytesConfig or a
         dict of its names, for plain NF4 and FP4. A bitsandbytes checkpoint stays as it is.
 
-        `dtype=None` is bfloat16 on a GPU, float32 on a CPU. `max_seq_length=None` is 2048, or what the model was trained
-        for if that is less; beyond that, the rotary embedding of a model without scaling is stretched."""
+        `dtype=None` is bfloat16 on a GPU, float32 on a CPU. `max_seq_length=None` is 2048, or what the model was
+        trained for if that is less; beyond that, the rotary embedding of a model without scaling is stretched."""
         precision = choose_precision(
             load_in_4bit=load_in_4bit,
             load_in_8bit=load_in_8bit,
@@ -123,6 +122,7 @@ class FastLanguageModel:
         lora = None
         if adapter is not None:
             lora = jax.tree.map(jnp.asarray, adapters.read_weights(adapter, causal_lm))
+            params = base_of(causal_lm, params)
         model = LanguageModel(
             causal_lm,
             params,
@@ -143,11 +143,27 @@ class FastLanguageModel:
         r: int = 16,
         target_modules: Sequence[str] | str = PROJECTIONS,
         lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        layers_to_transform: Sequence[int] | int | None = None,
+        layers_pattern: Sequence[str] | str | None = None,
         use_gradient_checkpointing: bool | str | None = None,
         random_state: int = 3407,
         use_rslora: bool = False,
+        modules_to_save: Sequence[str] | None = None,
+        init_lora_weights: bool | str = True,
+        loftq_config: Mapping[str, int] | None = None,
+        finetune_last_n_layers: int | None = None,
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, float] | None = None,
+        exclude_modules: Sequence[str] | str | None = None,
+        use_dora: bool = False,
     ) -> LanguageModel:
-        """The same base with a fresh adapter, which changes nothing until it is trained."""
+        """The same base with a fresh adapter, which changes nothing until it is trained. Options are PEFT's, and
+        `LoraConfig` documents them.
+
+        As in Unsloth, `embed_tokens` and `lm_head` among a list of `target_modules` are trained whole, and
+        `finetune_last_n_layers` leaves the earlier layers alone."""
         if not isinstance(model, LanguageModel):
             raise OptionError(
                 f"get_peft_model was given a {type(model).__name__}.",
@@ -156,14 +172,32 @@ class FastLanguageModel:
             )
         if model.causal_lm.config.fused_projections and set(target_modules) == set(PROJECTIONS):
             target_modules = FUSED_PROJECTIONS  # the seven names mean all of them
+        _check_loftq(loftq_config)
+        if finetune_last_n_layers is not None:
+            layers_to_transform = _last_layers(model, finetune_last_n_layers, layers_to_transform)
+        if target_modules == ALL_LINEAR and layers_to_transform is not None:
+            target_modules = [path[-1] for path, _ in lora_tree.linears(model.causal_lm.skeleton)]
+        if not isinstance(target_modules, str):
+            modules_to_save = [*(modules_to_save or ()), *(n for n in target_modules if n in WHOLE_MODULES)]
+            target_modules = [name for name in target_modules if name not in WHOLE_MODULES]
         config = LoraConfig(
             r=r,
             lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
             target_modules=target_modules if isinstance(target_modules, str) else tuple(target_modules),
+            exclude_modules=_names(exclude_modules),
+            layers_to_transform=layers_to_transform,  # type: ignore[arg-type]  # any form of it; the config has one
+            layers_pattern=_names(layers_pattern),  # type: ignore[arg-type]
+            rank_pattern=rank_pattern,  # type: ignore[arg-type]
+            alpha_pattern=alpha_pattern,  # type: ignore[arg-type]
             use_rslora=use_rslora,
+            use_dora=use_dora,
+            bias=bias,
+            modules_to_save=_names(modules_to_save),  # type: ignore[arg-type]
+            init_lora_weights=init_lora_weights,
         )
         if model.lora is not None:
-            if config != model.causal_lm.lora_config:
+            if not config.continues(model.causal_lm.lora_config):
                 raise AdapterError(
                     f"The model has an adapter already, with {model.causal_lm.lora_config}.",
                     expected="a model without one, or the same settings, which keep it.",
@@ -172,13 +206,15 @@ class FastLanguageModel:
             log.info("The model's own adapter is kept.")
             return model
         causal_lm = dataclasses.replace(model.causal_lm, lora_config=config)
-        lora = lora_tree.init(causal_lm.skeleton, config, model.module_names, jax.random.key(random_state))
+        # First, since it says so if it can't.
+        params = base_of(causal_lm, model.params)
+        lora = _fresh_adapter(model, config, jax.random.key(random_state))
         level(True if use_gradient_checkpointing is None else use_gradient_checkpointing)
         checkpointing = (
             model.gradient_checkpointing if use_gradient_checkpointing is None else use_gradient_checkpointing
         )
         return dataclasses.replace(
-            model, causal_lm=causal_lm, lora=lora, gradient_checkpointing=checkpointing
+            model, causal_lm=causal_lm, params=params, lora=lora, gradient_checkpointing=checkpointing
         )
 
     @staticmethod
@@ -201,6 +237,53 @@ def _resolve_base(adapter: adapters.AdapterFolder, token: str | None) -> Path:
             expected=error.expected,
             fix=f"{error.fix} Or write the right folder or id into that file.",
         ) from error
+
+
+def base_of(causal_lm: CausalLM, params: Params) -> Params:
+    """The weights that the adapter is added to: "pissa" takes its part out of the loaded ones."""
+    config = causal_lm.lora_config
+    if config is None or config.init_lora_weights != PISSA:
+        return params
+    return lora_init.without_principal(params, config, causal_lm.module_names)
+
+
+def _fresh_adapter(model: LanguageModel, config: LoraConfig, key: jax.Array) -> Lora:
+    if config.init_lora_weights != LOFTQ:
+        return lora_init.init(model.params, config, model.module_names, key)
+    with Checkpoint(resolve(model.name_or_path, revision=model.revision)) as checkpoint:
+        original = lambda module: checkpoint.read(f"{module}.weight")
+        return lora_init.init(model.params, config, model.module_names, key, original)
+
+
+def _check_loftq(settings: Any) -> None:
+    """PEFT's `LoftQConfig`, or a dict."""
+    if settings is not None and not isinstance(settings, Mapping):
+        settings = vars(settings)
+    settings = settings or {}
+    bits, iterations = settings.get("loftq_bits", 4), settings.get("loftq_iter", 1)
+    if (bits, iterations) != (4, 1):
+        raise AdapterError(
+            f"loftq_config asks for {bits} bits and {iterations} iterations.",
+            expected="4 bits, and 1 iteration: a second one changes the packed base, which then is not what anybody "
+            "else gets by packing the same weights.",
+            fix="Leave loftq_config out.",
+        )
+
+
+def _last_layers(model: LanguageModel, count: int, layers: Any) -> list[int]:
+    total = model.causal_lm.config.num_layers
+    if layers is not None or not 0 < count <= total:
+        raise OptionError(
+            f"finetune_last_n_layers={count!r}"
+            + (f" beside layers_to_transform={layers!r}." if layers is not None else "."),
+            expected=f"from 1 to the model's {total} layers, or layers_to_transform in its place.",
+            fix="Use one of the two.",
+        )
+    return list(range(total - count, total))
+
+
+def _names(given: Sequence[str] | str | None) -> tuple[str, ...] | str | None:
+    return given if given is None or isinstance(given, str) else tuple(given)
 
 
 def compute_dtype(dtype: Any) -> jnp.dtype:

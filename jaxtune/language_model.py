@@ -216,11 +216,17 @@ class LanguageModel:
 
     def module_names(self, path: names.Path) -> list[str]:
         """The Hugging Face name of each repeat of a stacked module."""
-        return names.hf_names(self.causal_lm.config, path)
+        return self.causal_lm.module_names(path)
 
     def print_trainable_parameters(self) -> None:
-        trained = 0 if self.lora is None else lora_tree.count(self.lora)
-        base = sum(leaf.size for leaf in jax.tree.leaves(self.causal_lm.skeleton))
+        config, trained, biases = self.causal_lm.lora_config, 0, 0
+        if self.lora is not None and config is not None:
+            trained = lora_tree.count(self.lora, config, self.module_names)
+            adapted = lora_tree.layers(self.lora, config, self.module_names)
+            biases = sum(
+                leaves["bias"].size for _, leaves in adapted if "bias" in leaves
+            )  # the base's, trained
+        base = sum(leaf.size for leaf in jax.tree.leaves(self.causal_lm.skeleton)) - biases
         total = base + trained
         print(
             f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"

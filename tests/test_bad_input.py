@@ -220,6 +220,32 @@ def test_targets_that_match_nothing(model, targets):
         FastLanguageModel.get_peft_model(model, target_modules=targets)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lora_dropout": 1.0}, ["lora_dropout=1.0"]),
+        ({"lora_alpha": "16"}, ["lora_alpha='16'"]),
+        ({"bias": "some"}, ["bias='some'", "'lora_only'"]),
+        ({"modules_to_save": ["norm"]}, ["modules_to_save='norm'", "'embed_tokens'"]),
+        ({"init_lora_weights": "gausian"}, ["init_lora_weights='gausian'", "'gaussian'"]),
+        ({"layers_to_transform": [7]}, ["layers_to_transform has layer 7"]),
+        ({"layers_to_transform": [0], "target_modules": "q_proj"}, ["layers_to_transform=[0]", "'q_proj'"]),
+        ({"layers_pattern": "layers"}, ["without layers_to_transform"]),
+        ({"layers_to_transform": [1], "layers_pattern": "blocks"}, ["matches no linear"]),
+        ({"finetune_last_n_layers": 0}, ["finetune_last_n_layers=0", "2 layers"]),
+        ({"rank_pattern": {"q_proj": 0}}, ["rank_pattern['q_proj']=0"]),
+        ({"rank_pattern": {"q_porj": 4}}, ["'q_porj'", "Did you mean 'q_proj'"]),
+        ({"alpha_pattern": {"(up_proj": 4}}, ["'(up_proj'", "regular expression"]),
+        ({"init_lora_weights": "pissa"}, ["'pissa'", "4-bit"]),
+        ({"init_lora_weights": "pissa", "lora_alpha": 0}, ["alpha of 0"]),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 5}}, ["5 iterations"]),
+    ],
+)
+def test_adapter_settings_that_cannot_be(model, settings, words):
+    with fails(errors.JaxtuneError, *words):
+        FastLanguageModel.get_peft_model(model, **settings)
+
+
 def test_one_target_among_others_that_matches_nothing(model):
     with fails(errors.AdapterError, "'v_porj'", "Did you mean 'v_proj'"):
         FastLanguageModel.get_peft_model(model, target_modules=["q_proj", "v_porj"])
@@ -277,18 +303,36 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     ("change", "words"),
     [
         (lambda f: edit_adapter_config(f, r=8), ["(4, 256)", "(8, 256)"]),
-        (lambda f: edit_adapter_config(f, use_dora=True), ["use_dora=True"]),
+        (lambda f: edit_adapter_config(f, use_dora=True), ["no tensor", "lora_magnitude_vector"]),
+        (lambda f: edit_adapter_config(f, modules_to_save=["lm_head"]), ["no tensor", "lm_head.weight"]),
+        (lambda f: edit_adapter_config(f, modules_to_save=["score"]), ["modules_to_save='score'"]),
+        (lambda f: edit_adapter_config(f, trainable_token_indices=[1]), ["trainable_token_indices=[1]"]),
+        (
+            lambda f: edit_adapter_config(f, target_modules=["q_proj", "embed_tokens"]),
+            ["LoRA on embed_tokens"],
+        ),
+        (
+            lambda f: edit_adapter_config(f, modules_to_save=["lm_head"], ensure_weight_tying=True),
+            ["ensure_weight_tying=True"],
+        ),
         (lambda f: edit_adapter_config(f, peft_type="IA3"), ["'IA3'"]),
         (lambda f: edit_adapter_config(f, target_modules=["q_proj"]), ["belong to no targeted module"]),
         (lambda f: edit_adapter_weights(f, lambda t: t.pop(A)), [A, "no tensor"]),
         (lambda f: edit_adapter_weights(f, lambda t: t.update({"x." + A: t.pop(A)})), [A]),
         (lambda f: edit_adapter_weights(f, lambda t: t[A].fill(np.nan)), ["NaN"]),
         (lambda f: (f / "adapter_config.json").write_text("{"), ["not JSON"]),
-        (lambda f: edit_adapter_config(f, init_lora_weights="pissa"), ["'pissa'"]),
+        (lambda f: edit_adapter_config(f, init_lora_weights="pissa"), ["'pissa'", "4-bit"]),
+        (lambda f: edit_adapter_config(f, init_lora_weights="pissa_niter_4"), ["'pissa_niter_4'"]),
+        (lambda f: edit_adapter_config(f, init_lora_weights="loftq"), ["'loftq'"]),
     ],
     ids=[
         "rank",
         "dora",
+        "a whole head",
+        "a whole module that is unknown",
+        "single tokens",
+        "low-rank embeddings",
+        "tied modules",
         "another method",
         "fewer targets",
         "a factor missing",
@@ -296,6 +340,8 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         "nan",
         "bad json",
         "pissa",
+        "pissa by a sketch",
+        "loftq",
     ],
 )
 def test_an_adapter_that_does_not_fit(adapter_folder, change, words):

@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 
 from jaxtune.folders import staged
 from jaxtune.lora import peft_format
-from jaxtune.lora.config import LoraConfig
+from jaxtune.lora.config import LoraConfig, ModuleNames
 from jaxtune.lora.tree import Tree
 
 
@@ -16,16 +16,16 @@ def save_adapter(
     folder: str | Path,
     adapter: Tree,
     config: LoraConfig,
-    module_names: peft_format.ModuleNames,
+    module_names: ModuleNames,
     *,
     base: str,
     revision: str | None = None,
     tokenizer: Any = None,
 ) -> None:
     with staged(folder, marker=peft_format.CONFIG_FILE) as stage:
-        tensors = dict(peft_format.to_tensors(adapter, module_names))
+        tensors = dict(peft_format.to_tensors(adapter, config, module_names))
         save_file(tensors, stage / peft_format.WEIGHTS_FILE, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
         settings = peft_format.to_peft_config(config, base, revision)
-        (stage / peft_format.CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        (stage / peft_format.CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")

@@ -17,10 +17,9 @@ from jaxtune.export.merge import MergedCheckpoint
 from jaxtune.export.safetensors_stream import Entry, write_safetensors
 from jaxtune.folders import staged
 from jaxtune.loading.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
-from jaxtune.loading.config import CONFIG_FILE
+from jaxtune.loading.config import CONFIG_FILE, read_config
 from jaxtune.lora import peft_format
-from jaxtune.lora.config import LoraConfig
-from jaxtune.lora.peft_format import ModuleNames
+from jaxtune.lora.config import LoraConfig, ModuleNames
 from jaxtune.lora.tree import Tree
 from jaxtune.models import context
 from jaxtune.models.config import ModelConfig
@@ -58,7 +57,7 @@ def save_merged_16bit(
     folder, limit = Path(folder), parse_size(max_shard_size)
     with Checkpoint(base) as checkpoint:
         _refuse_other_models(folder, base)
-        merged = MergedCheckpoint.of(checkpoint, lora, lora_config, module_names)
+        merged = MergedCheckpoint.of(checkpoint, lora, lora_config, module_names, tied=_is_tied(base))
         shards = _shards(merged, limit)
         with staged(folder, marker=CONFIG_FILE, replaces=EARLIER) as stage:
             for file, entries in shards.items():
@@ -66,9 +65,8 @@ def save_merged_16bit(
             if set(shards) != {SINGLE_FILE}:
                 _write_json(stage / INDEX_FILE, _index(shards))
             _write_tokenizer(stage, base, tokenizer)
-            _write_settings(
-                stage, base, config, _main_dtype(shards), getattr(tokenizer, "eos_token_id", None)
-            )
+            end_id = getattr(tokenizer, "eos_token_id", None)
+            _write_settings(stage, base, config, _main_dtype(shards), end_id, unties=merged.unties)
 
 
 def _refuse_other_models(folder: Path, base: Path) -> None:
@@ -105,7 +103,7 @@ def parse_size(size: int | str) -> int:
 
 def _shards(merged: MergedCheckpoint, limit: int) -> Shards:
     entries = [Entry(name, merged.shape(name), merged.dtype(name)) for name in merged.names]
-    original = _original_shards(merged.checkpoint.folder, entries)
+    original = _original_shards(merged, entries)
     if all(_nbytes(shard) <= limit or len(shard) == 1 for shard in original.values()):
         return original
     groups: list[list[Entry]] = [[]]
@@ -117,13 +115,14 @@ def _shards(merged: MergedCheckpoint, limit: int) -> Shards:
     return {f"model-{n:05d}-of-{count:05d}.safetensors": group for n, group in enumerate(groups, 1)}
 
 
-def _original_shards(base: Path, entries: list[Entry]) -> Shards:
+def _original_shards(merged: MergedCheckpoint, entries: list[Entry]) -> Shards:
+    base = merged.checkpoint.folder
     if (base / SINGLE_FILE).is_file():
         return {SINGLE_FILE: entries}
     files = json.loads((base / INDEX_FILE).read_text())["weight_map"]  # which Checkpoint has checked
     shards: Shards = collections.defaultdict(list)
     for entry in entries:
-        shards[files[entry.name]].append(entry)
+        shards[files[merged.origin(entry.name)]].append(entry)
     return dict(sorted(shards.items()))
 
 
@@ -160,8 +159,18 @@ def _write_tokenizer(stage: Path, base: Path, tokenizer: Any) -> None:
             shutil.copyfile(base / name, stage / name)
 
 
+def _is_tied(base: Path) -> bool:
+    return bool(read_config(base).get("tie_word_embeddings"))
+
+
 def _write_settings(
-    stage: Path, base: Path, model: ModelConfig | None, dtype: np.dtype, end_id: int | None
+    stage: Path,
+    base: Path,
+    model: ModelConfig | None,
+    dtype: np.dtype,
+    end_id: int | None,
+    *,
+    unties: bool = False,
 ) -> None:
     """config.json says what the weights are now. Where generation stops is said once, by the file that transformers
     reads first, and the end token that a chat template brought belongs to it."""
@@ -169,6 +178,8 @@ def _write_settings(
     config.pop("quantization_config", None)
     if model is not None:
         config = context.as_hf(config, model)
+    if unties:
+        config["tie_word_embeddings"] = False
     config["torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"] = dtype.name
     generation_file = base / GENERATION_FILE
     if generation_file.is_file():

@@ -71,7 +71,9 @@ def _generate(model, greedy, N, limit, params, lora, tokens_BP, mask_BP, stop_id
     )
 
     def next_token(hidden_BM, step):
-        return sample(model.logits(params, hidden_BM), jax.random.fold_in(key, step), temperature, greedy)
+        return sample(
+            model.logits(params, hidden_BM, lora), jax.random.fold_in(key, step), temperature, greedy
+        )
 
     def emit(step, token_B, out_BN, count_B, done_B):
         """Writes a token for the rows that are not done; a stop token is written, and is the row's last."""

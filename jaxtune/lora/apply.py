@@ -1,12 +1,70 @@
-"""What an adapter adds to a linear: B (A x), scaled, in the dtype of x, with A and B kept in float32."""
+"""What an adapter does to a linear: y = x W^T + s B (A x), in the dtype of x, with A and B kept in float32. With DoRA
+each output is then scaled by m / |W + s B A|, its row's trained length over its own.
+
+An adapter, as the model reads it for one layer (see `tree.with_settings`), is a [r, in], b [out, r], scale []; perhaps
+m [out] and bias [out], with `has_m` and `has_bias` [], whether this layer does; perhaps a key `dropout` with `keep` [].
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
+
+Adapter = dict[str, jax.Array]
 
 
-def delta(x: jax.Array, adapter: dict[str, jax.Array]) -> jax.Array:
-    """x [..., in]; adapter a [r, in], b [out, r], scale [] -> [..., out]."""
+def product(x: jax.Array, weight: Any, adapter: Adapter | None, matmul: Callable) -> jax.Array:
+    """x [..., in] -> [..., out]; `matmul(x, weight)` is x W^T for whatever kind of weight this is."""
+    y = matmul(x, weight)
+    if adapter is None or "a" not in adapter:
+        return y
+    kept = _drop(x, adapter)
+    if "m" not in adapter:
+        return y + delta(kept, adapter)
+    # PEFT lets dropout reach the part of W x that m changes, but not W x itself.
+    base = y if kept is x else matmul(kept, weight)
+    factor = _factor(weight, adapter).reshape((1,) * (y.ndim - 1) + (-1,))
+    return y + (factor - 1).astype(y.dtype) * base + factor.astype(y.dtype) * delta(kept, adapter)
+
+
+def delta(x: jax.Array, adapter: Adapter) -> jax.Array:
+    """s B (A x)."""
     a = adapter["a"].astype(x.dtype)
     b = (adapter["scale"] * adapter["b"]).astype(
         x.dtype
     )  # scaled in float32: alpha / r may have no 16-bit value
     return (x @ a.T) @ b.T
+
+
+def bias(own: jax.Array, adapter: Adapter | None) -> jax.Array:
+    """The bias [out] that holds: the trained one where there is one."""
+    if adapter is None or "bias" not in adapter:
+        return own
+    return jnp.where(adapter["has_bias"], adapter["bias"], own.astype(jnp.float32))
+
+
+def dense(weight: Any) -> jax.Array:
+    """A weight in float32, packed or not."""
+    return weight.dequantize(jnp.float32) if hasattr(weight, "dequantize") else weight.astype(jnp.float32)
+
+
+def row_lengths(weight_OI: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+    """|W + s B A| of each row, float32 [out]."""
+    return jnp.linalg.norm(weight_OI + scale * jnp.matmul(b, a, precision="highest"), axis=-1)
+
+
+def _factor(weight, adapter):
+    # The length is a constant to the gradient, as in the paper (4.3), and in PEFT.
+    a, b = lax.stop_gradient((adapter["a"], adapter["b"]))
+    lengths = lax.stop_gradient(row_lengths(dense(weight), a, b, adapter["scale"]))
+    lengths = jnp.maximum(lengths, jnp.finfo(jnp.float32).tiny)
+    return jnp.where(adapter["has_m"], adapter["m"] / lengths, 1.0)
+
+
+def _drop(x, adapter):
+    if "dropout" not in adapter:
+        return x
+    kept = jax.random.bernoulli(adapter["dropout"], adapter["keep"], x.shape)
+    return jnp.where(kept, x / adapter["keep"].astype(x.dtype), 0)

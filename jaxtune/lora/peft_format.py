@@ -1,38 +1,29 @@
 """PEFT's adapter format: file names, tensor names and the keys of adapter_config.json. Reading and writing share this.
 
-A stacked leaf {a [n, r, in], b [n, out, r]} is, for each repeat, `base_model.model.<module>.lora_A.weight` [r, in] and
-`.lora_B.weight` [out, r].
+Of each layer's module: `base_model.model.<module>.lora_A.weight` [r, in], `.lora_B.weight` [out, r] in its own rank,
+with DoRA `.lora_magnitude_vector` [out], a trained bias, and of a module that is trained whole its plain `.weight`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from jaxtune.errors import AdapterError
-from jaxtune.lora.config import LoraConfig
-from jaxtune.lora.tree import Tree, insert, linears, modules
+from jaxtune.lora.config import EMBEDDING, HEAD, LOFTQ, PISSA, LoraConfig, ModuleNames
+from jaxtune.lora.tree import Tree, at, cut, insert, layers, linears
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_FACTORS = {"a": "lora_A", "b": "lora_B"}
-
-ModuleNames = Callable[[tuple], list[str]]
+_SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector", "weight": "weight"}
 
 UNDERSTOOD_ONLY_AS: dict[str, Any] = {
-    "bias": "none",
-    "modules_to_save": None,
-    "layers_to_transform": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "use_dora": False,
     "fan_in_fan_out": False,
     "lora_bias": False,
     "layer_replication": None,
     "trainable_token_indices": None,
     "target_parameters": None,
-    "exclude_modules": None,
     "alora_invocation_tokens": None,
     "use_qalora": False,
     "use_bdlora": None,
@@ -44,49 +35,63 @@ UNDERSTOOD_ONLY_AS: dict[str, Any] = {
     "corda_config": None,
     "eva_config": None,
     "megatron_config": None,
-    "layers_pattern": None,
 }
 """Settings that change what an adapter means, with the one value of each that this version understands."""
 
 IRRELEVANT = {
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "inference_mode", "loftq_config", "lora_dropout",
-    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "loftq_config", "megatron_core", "peft_type",
+    "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
 """Settings that mean nothing once an adapter is trained, or nothing by themselves."""
 
+READ = {
+    "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "r", "rank_pattern", "target_modules",
+    "use_dora", "use_rslora",
+}  # fmt: skip
+
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal")
-"""Ways to initialise that leave the base as it is; others (pissa, olora, ...) also change the base's weights."""
+"""Ways to initialise that leave the base as it is: of no account once an adapter is trained."""
 
 
-def tensor_name(module: str, factor: str) -> str:
-    return f"{_PREFIX}{module}.{_FACTORS[factor]}.weight"
+def tensor_name(module: str, leaf: str, *, adapted: bool = True) -> str:
+    """A bias stays with its linear, which PEFT wraps where there is an adapter."""
+    suffix = _SUFFIXES.get(leaf) or ("base_layer.bias" if adapted else "bias")
+    return f"{_PREFIX}{module}.{suffix}"
 
 
 def to_peft_config(config: LoraConfig, base: str, revision: str | None) -> dict[str, Any]:
-    """The stable subset of keys, which every PEFT of the last years reads."""
-    targets = config.target_modules
-    return {
-        "alpha_pattern": {},
+    """The stable subset of keys, which every PEFT of the last years reads, in the alphabet's order. Patterns keep their
+    own order: the first that matches holds."""
+    listed = lambda names: names if isinstance(names, str) or names is None else sorted(names)
+    keys: dict[str, Any] = {
+        "alpha_pattern": dict(config.alpha_pattern),
         "auto_mapping": None,
         "base_model_name_or_path": base,
-        "bias": "none",
+        "bias": config.bias,
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
+        # PEFT takes the principal part out of the base again when it sees "pissa"; other ways have had their effect.
+        "init_lora_weights": PISSA if config.init_lora_weights == PISSA else True,
+        "layers_pattern": None if config.layers_pattern is None else list(config.layers_pattern),
+        "layers_to_transform": listed(config.layers_to_transform),
         "lora_alpha": config.lora_alpha,
-        "lora_dropout": 0.0,
-        "modules_to_save": None,
+        "lora_dropout": config.lora_dropout,
+        "modules_to_save": list(config.modules_to_save) or None,
         "peft_type": "LORA",
         "r": config.r,
-        "rank_pattern": {},
+        "rank_pattern": dict(config.rank_pattern),
         "revision": revision,
-        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "target_modules": listed(config.target_modules),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
     }
+    if config.init_lora_weights == LOFTQ:  # for us, if it comes to a merge: PEFT says that it is not used
+        keys["loftq_config"] = {"loftq_bits": 4, "loftq_iter": 1}
+    if config.exclude_modules is not None:  # younger than the others
+        keys["exclude_modules"] = listed(config.exclude_modules)
+    return dict(sorted(keys.items()))
 
 
 def from_peft_config(peft: dict[str, Any], source: str) -> LoraConfig:
@@ -102,13 +107,15 @@ def from_peft_config(peft: dict[str, Any], source: str) -> LoraConfig:
         if value != understood and not (not value and not understood):
             raise AdapterError(
                 f"{source} sets {key}={value!r}.",
-                expected=f"{key}={understood!r}: this version of jaxtune reads plain LoRA only.",
+                expected=f"{key}={understood!r}: this version of jaxtune reads no other.",
                 fix="Merge that adapter with peft first, or train one without that setting.",
             )
-    if peft.get("init_lora_weights", True) not in PLAIN_INITS:
+    how = peft.get("init_lora_weights", True)
+    if how not in PLAIN_INITS and how != PISSA:
         raise AdapterError(
-            f"{source} was initialised by {peft['init_lora_weights']!r}, which changed the base's weights too.",
-            expected="an adapter that is all that was changed.",
+            f"{source} was initialised by {how!r}, which changed the base's weights too, in a way that is not in the "
+            "adapter.",
+            expected='an adapter that is all that was changed, or "pissa", whose change follows from the base.',
             fix="Convert it to plain LoRA with peft's save_pretrained(path_initial_model_for_weight_conversion=...).",
         )
     targets = peft.get("target_modules")
@@ -118,19 +125,37 @@ def from_peft_config(peft: dict[str, Any], source: str) -> LoraConfig:
             expected="the modules that the adapter belongs to.",
             fix="Save the adapter again with peft, which writes them.",
         )
+    _refuse_low_rank_embeddings(targets, source)
+    whole = tuple(name.rpartition(".")[2] for name in peft.get("modules_to_save") or ())
+    if whole and peft.get("ensure_weight_tying"):
+        raise AdapterError(
+            f"{source} sets ensure_weight_tying=True beside modules_to_save={list(whole)}.",
+            expected="modules that are saved each for itself.",
+            fix="Merge that adapter with peft first.",
+        )
     return LoraConfig(
         r=peft.get("r", 8),
         lora_alpha=peft.get("lora_alpha", 8),
-        target_modules=targets,
-        use_rslora=bool(peft.get("use_rslora", False)),
+        init_lora_weights=PISSA if how == PISSA else LOFTQ if peft.get("loftq_config") else True,
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        modules_to_save=whole,
+        **{name: peft[name] for name in READ - _SPECIAL if peft.get(name) is not None},
     )
 
 
-def to_tensors(adapter: Tree, module_names: ModuleNames) -> Iterator[tuple[str, np.ndarray]]:
-    for path, ab in modules(adapter):
-        for factor, stacked in ab.items():
-            for module, one in zip(module_names(path), np.asarray(stacked), strict=True):
-                yield tensor_name(module, factor), np.ascontiguousarray(one)
+_SPECIAL = {
+    "ensure_weight_tying", "init_lora_weights", "lora_alpha", "modules_to_save", "r", "target_modules",
+}  # fmt: skip
+
+
+def to_tensors(
+    adapter: Tree, config: LoraConfig, module_names: ModuleNames
+) -> Iterator[tuple[str, np.ndarray]]:
+    adapter = _on_host(adapter)
+    for module, leaves in layers(adapter, config, module_names):
+        for leaf, one in leaves.items():
+            name = tensor_name(module, leaf, adapted=config.targets(module))
+            yield name, np.ascontiguousarray(one)
 
 
 def from_tensors(
@@ -139,19 +164,39 @@ def from_tensors(
     """The inverse of `to_tensors`. Every tensor must find its module, and every targeted module its tensors: PEFT
     itself only warns, and leaves B at zero."""
     adapter: Tree = {}
-    unused = set(tensors)
+    taken: set[str] = set()
+
+    def take(module: str, leaf: str, shape: tuple[int, ...]) -> np.ndarray:
+        name = tensor_name(module, leaf, adapted=config.targets(module))
+        if leaf == "bias" and name not in tensors:
+            name = tensor_name(module, leaf, adapted=False)  # as older PEFT called it
+        taken.add(name)
+        return _take(tensors, name, shape, source)
+
     for path, (_, out, inn) in linears(skeleton):
         names = module_names(path)
-        if not any(config.targets(name) for name in names):
-            continue
-        shapes = {"a": (config.r, inn), "b": (out, config.r)}
-        ab = {
-            factor: np.stack([_take(tensors, tensor_name(name, factor), shape, source) for name in names])
-            for factor, shape in shapes.items()
-        }
-        insert(adapter, path, ab)
-        unused -= {tensor_name(name, factor) for name in names for factor in shapes}
-    if unused or not adapter:
+        ranks = [config.rank_of(name) for name in names]
+        shapes: dict[str, tuple[int, ...]] = (
+            {"a": (max(ranks), inn), "b": (out, max(ranks))} if any(ranks) else {}
+        )
+        if shapes and config.use_dora:
+            shapes["m"] = (out,)
+        if "bias" in at(skeleton, path) and any(map(config.trains_bias, names)):
+            shapes["bias"] = (out,)
+        leaves = {leaf: np.zeros((len(names), *shape), np.float32) for leaf, shape in shapes.items()}
+        for leaf, stacked in leaves.items():
+            for i, name in enumerate(names):
+                own = cut(leaf, stacked, name, config, i)  # a view
+                if own is not None:
+                    own[...] = take(name, leaf, own.shape)
+        if leaves:
+            insert(adapter, path, leaves)
+    matched = bool(adapter)
+    for name in config.modules_to_save:
+        shape = skeleton[EMBEDDING]["weight"].shape  # a head has the same
+        insert(adapter, (name, "weight"), take(module_names((name,))[0], "weight", shape))
+    unused = set(tensors) - taken
+    if unused or not matched:
         some = ", ".join(sorted(unused)[:3]) or "nothing"
         raise AdapterError(
             f"{source} holds {len(unused)} tensors that belong to no targeted module of this model: {some}.",
@@ -161,12 +206,12 @@ def from_tensors(
     return adapter
 
 
-def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, int], source: str) -> np.ndarray:
+def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], source: str) -> np.ndarray:
     tensor = tensors.get(name)
     if tensor is None:
         raise AdapterError(
             f"{source} has no tensor {name}.",
-            expected="both factors for every targeted module of the model.",
+            expected="both factors for every targeted module of the model, and all else that its settings name.",
             fix="Check that the adapter was trained on this architecture, or save it again.",
         )
     if tensor.shape != shape:
@@ -176,3 +221,19 @@ def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, int], sou
             fix="Load the adapter onto the base model that it was trained on.",
         )
     return tensor.astype(np.float32)
+
+
+def _refuse_low_rank_embeddings(targets: Any, source: str) -> None:
+    found = [name for name in (EMBEDDING, HEAD) if not isinstance(targets, str) and name in targets]
+    if found:
+        raise AdapterError(
+            f"{source} has LoRA on {' and '.join(found)}.",
+            expected="LoRA on linears inside the layers; embeddings and heads are trained whole, as modules_to_save.",
+            fix="Merge that adapter with peft first.",
+        )
+
+
+def _on_host(adapter: Tree) -> Tree:
+    return {
+        name: _on_host(leaf) if isinstance(leaf, dict) else np.asarray(leaf) for name, leaf in adapter.items()
+    }

@@ -1,17 +1,20 @@
-"""The adapter as a tree: the skeleton of `params` with each target's weight replaced by {a, b} and the rest dropped.
+"""The adapter as a tree of what is trained, all float32: the skeleton of `params` with each module's own leaves.
 
-a is [repeats, r, in], b is [repeats, out, r], both float32, stacked like the weights they belong to.
+- a linear of the layers has a [repeats, r, in] and b [repeats, out, r], stacked like the weight they belong to, and m
+  [repeats, out] with DoRA. Where layers differ in rank, the smaller ones are padded with zeros, whose gradient is
+  exactly zero; a layer without an adapter has rank 0;
+- a bias that is trained is `bias` [repeats, out];
+- a module that is trained whole is its `weight`, in place of the base's.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxtune.errors import AdapterError, nearest
-from jaxtune.lora.config import LoraConfig
+from jaxtune.lora.config import LoraConfig, ModuleNames
 
 Tree = dict[Any, Any]
 
@@ -26,68 +29,82 @@ def linears(skeleton: Tree, path: tuple = ()) -> Iterator[tuple[tuple, tuple[int
             yield from linears(sub, (*path, name))
 
 
-def init(
-    skeleton: Tree, config: LoraConfig, module_names: Callable[[tuple], list[str]], key: jax.Array
-) -> Tree:
-    """A fresh adapter: A uniform as PEFT's (Kaiming, a = sqrt 5, so within 1 / sqrt(in)), B zero, so it starts silent.
-
-    `module_names(path)` gives the Hugging Face path of each repeat of a stacked module."""
-    adapter: Tree = {}
-    for n, (path, (repeats, out, inn)) in enumerate(linears(skeleton)):
-        hits = [config.targets(name) for name in module_names(path)]
-        if not any(hits):
-            continue
-        if not all(hits):
-            raise AdapterError(
-                f"target_modules={config.target_modules!r} selects {'.'.join(map(str, path[3:]))} in some layers only.",
-                expected="a selection that is the same in every layer.",
-                fix="Name modules without their layer's number.",
-            )
-        bound = 1 / math.sqrt(inn)
-        a = jax.random.uniform(
-            jax.random.fold_in(key, n), (repeats, config.r, inn), jnp.float32, -bound, bound
-        )
-        insert(adapter, path, {"a": a, "b": jnp.zeros((repeats, out, config.r), jnp.float32)})
-    targets = (
-        (config.target_modules,) if isinstance(config.target_modules, str) else config.target_modules or ("",)
-    )
-    found = {path[-1] for path, _ in modules(adapter)}
-    idle = [
-        name for name in targets if not adapter or (len(targets) > 1 and name.split(".")[-1] not in found)
-    ]
-    if idle:
-        known = sorted({path[-1] for path, _ in linears(skeleton)})
-        raise AdapterError(
-            f"target_modules={idle[0]!r} matches no linear of this model's layers.",
-            expected=f"some of {', '.join(known)}.",
-            fix=f"Correct it, or leave it out.{nearest(idle[0], known)}",
-        )
-    return adapter
-
-
 def insert(tree: Tree, path: tuple, leaf: Any) -> None:
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
     tree[path[-1]] = leaf
 
 
+def at(tree: Tree, path: tuple) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
 def modules(adapter: Tree, path: tuple = ()) -> Iterator[tuple[tuple, dict[str, jax.Array]]]:
-    """Every adapted module: (path, {a, b})."""
-    if "a" in adapter:
+    """Every module that has something to train: (path, its leaves)."""
+    if any(not isinstance(leaf, dict) for leaf in adapter.values()):
         yield path, adapter
         return
     for name, sub in adapter.items():
         yield from modules(sub, (*path, name))
 
 
-def with_scales(adapter: Tree, config: LoraConfig) -> Tree:
-    """The tree that the model reads: {a, b, scale}. The scale comes from the settings, never from what is trained."""
-    scaled: Tree = {}
-    for path, ab in modules(adapter):
-        insert(scaled, path, {**ab, "scale": jnp.full(ab["a"].shape[:1], config.scale, jnp.float32)})
-    return scaled
+def cut(leaf: str, stacked: Any, module: str, config: LoraConfig, i: int) -> Any:
+    """What a layer, the i-th of a stack, has of a leaf: without its padding, and None where it has nothing."""
+    rank = config.rank_of(module)
+    match leaf:
+        case "bias":
+            return stacked[i] if config.trains_bias(module) else None
+        case "a" if rank:
+            return stacked[i, :rank]
+        case "b" if rank:
+            return stacked[i, :, :rank]
+        case "m" if rank:
+            return stacked[i]
+    return None
 
 
-def count(adapter: Tree) -> int:
-    """Trainable parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(adapter))
+def layers(
+    adapter: Tree, config: LoraConfig, module_names: ModuleNames
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every module of every layer, with what it really has: (Hugging Face path, its leaves without padding)."""
+    for path, leaves in modules(adapter):
+        if "weight" in leaves:
+            yield module_names(path)[0], leaves
+            continue
+        for i, module in enumerate(module_names(path)):
+            own = {name: cut(name, stacked, module, config, i) for name, stacked in leaves.items()}
+            if own := {name: one for name, one in own.items() if one is not None}:
+                yield module, own
+
+
+def with_settings(
+    adapter: Tree, config: LoraConfig, module_names: ModuleNames, dropout: jax.Array | None = None
+) -> Tree:
+    """The tree that the model reads: what follows from the settings beside what is trained, each [repeats].
+
+    `scale` is of B A; `has_m` and `has_bias` say which layers do; with a key for `dropout`, each linear of each layer
+    gets a key, and the share that it keeps."""
+    read: Tree = {}
+    for n, (path, leaves) in enumerate(modules(adapter)):
+        more: dict[str, Any] = {}
+        if "weight" not in leaves:
+            names = module_names(path)
+            per_layer = lambda values, dtype="float32": jnp.asarray(np.array(values, dtype))
+            if "bias" in leaves:
+                more["has_bias"] = per_layer([config.trains_bias(name) for name in names], bool)
+            if "m" in leaves:
+                more["has_m"] = per_layer([config.targets(name) for name in names], bool)
+            if "a" in leaves:
+                more["scale"] = per_layer([config.scale_of(name) for name in names])
+                if dropout is not None and config.lora_dropout:
+                    more["dropout"] = jax.random.split(jax.random.fold_in(dropout, n), len(names))
+                    more["keep"] = jnp.full(len(names), 1 - config.lora_dropout, jnp.float32)
+        insert(read, path, {**leaves, **more})
+    return read
+
+
+def count(adapter: Tree, config: LoraConfig, module_names: ModuleNames) -> int:
+    """Trainable parameters; padding is none."""
+    return sum(leaf.size for _, own in layers(adapter, config, module_names) for leaf in own.values())

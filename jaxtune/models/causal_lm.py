@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtune.lora.config import LoraConfig
-from jaxtune.lora.tree import with_scales
+from jaxtune.lora.tree import with_settings
+from jaxtune.models import names
 from jaxtune.models.cache import KVCache
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import Decoder, Remat
@@ -48,12 +49,14 @@ class CausalLM:
         positions_BT: jax.Array | None = None,
         cache: KVCache | None = None,
         remat: Remat | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Hidden states [B, T, M] after the final norm, and the cache (None without one).
 
         `segments_BT` says which tokens see each other (0 is padding, so an attention mask will do); positions default
         to counting the real tokens of a row, which is right for one sequence per row, padded on either side. The cache
-        must have room for all T tokens: a full one would overwrite its last columns."""
+        must have room for all T tokens: a full one would overwrite its last columns. Without a `dropout_key` nothing
+        is dropped."""
         if segments_BT is None:
             segments_BT = jnp.ones(tokens_BT.shape, jnp.int32)
         segments_BT = jnp.asarray(segments_BT, jnp.int32)
@@ -66,17 +69,23 @@ class CausalLM:
                 raise ValueError(
                     "an adapter tree was given, but this CausalLM has no lora_config to scale it by"
                 )
-            lora = with_scales(lora, self.lora_config)
+            lora = with_settings(lora, self.lora_config, self.module_names, dropout_key)
         decoder = nnx.merge(_define(self.config)[0], params)
         return decoder(tokens_BT, segments_BT, positions_BT, lora, cache, remat)
 
-    def head(self, params: Params) -> jax.Array:
-        """The matrix [V, M] that turns hidden states into logits."""
+    def module_names(self, path: names.Path) -> list[str]:
+        """The Hugging Face name of each repeat of a stacked module."""
+        return names.hf_names(self.config, path)
+
+    def head(self, params: Params, lora: Lora | None = None) -> jax.Array:
+        """The matrix [V, M] that turns hidden states into logits: the adapter's, if it trains one of its own."""
+        if lora is not None and "lm_head" in lora:
+            return lora["lm_head"]["weight"]
         return params["embed_tokens" if self.config.tie_word_embeddings else "lm_head"]["weight"]
 
-    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+    def logits(self, params: Params, hidden: jax.Array, lora: Lora | None = None) -> jax.Array:
         """Hidden states [..., M] -> logits [..., V] in float32."""
-        head_VM = self.head(params).astype(hidden.dtype)
+        head_VM = self.head(params, lora).astype(hidden.dtype)
         logits = jnp.einsum("...m,vm->...v", hidden, head_VM, preferred_element_type=jnp.float32)
         scale, cap = self.config.logit_scale, self.config.logit_softcap
         logits = logits if scale == 1 else logits * scale
@@ -107,4 +116,4 @@ def _apply(
     positions_BT: jax.Array | None,
 ) -> jax.Array:
     hidden, _ = model.hidden(params, lora, tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT)
-    return model.logits(params, hidden)
+    return model.logits(params, hidden, lora)

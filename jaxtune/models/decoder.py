@@ -58,14 +58,14 @@ class Decoder(nnx.Module):
             tuple(rope.tables(positions_BT, np.asarray(f, np.float32), factor) for f, factor in self.ropes),
             column,
         )
-        x_BTM = self.embed(tokens_BT)
+        x_BTM = self.embed(tokens_BT, part(lora, "embed_tokens"))
         for s, blocks in enumerate(self.layers):
             adapters = [part(part(part(lora, "layers"), s), p) for p in range(len(blocks))]
             x_BTM, cache = _scan(list(blocks), adapters, x_BTM, where, cache, s, remat)
         return self.norm(x_BTM), cache
 
-    def embed(self, tokens_BT: jax.Array) -> jax.Array:
-        x_BTM = self.embed_tokens(tokens_BT)
+    def embed(self, tokens_BT: jax.Array, lora: Any) -> jax.Array:
+        x_BTM = self.embed_tokens(tokens_BT, lora)
         multiplier = jnp.asarray(self.embedding_multiplier, x_BTM.dtype)
         return x_BTM if self.embedding_multiplier == 1 else x_BTM * multiplier
 

@@ -43,7 +43,7 @@ def param(*shape: int) -> nnx.Param:
 
 
 class Linear(nnx.Module):
-    """y = x W^T (+ b) (+ the adapter's B A x); W may be packed."""
+    """y = x W^T (+ b), as the adapter changes it; W may be packed."""
 
     def __init__(self, out: int, inn: int, bias: bool = False):
         self.weight = param(out, inn)
@@ -52,18 +52,20 @@ class Linear(nnx.Module):
         self.has_bias = bias
 
     def __call__(self, x, lora=None):
-        y = quant.matmul(x, self.weight.get_value())
+        y = lora_apply.product(x, self.weight.get_value(), lora, quant.matmul)
         if self.has_bias:
-            y = y + self.bias.get_value().astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-        return y if lora is None else y + lora_apply.delta(x, lora)
+            bias = lora_apply.bias(self.bias.get_value(), lora)
+            y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        return y
 
 
 class Embedding(nnx.Module):
     def __init__(self, vocab: int, width: int):
         self.weight = param(vocab, width)
 
-    def __call__(self, tokens):
-        return self.weight.get_value()[tokens]
+    def __call__(self, tokens, lora=None):
+        weight = self.weight.get_value()
+        return weight[tokens] if lora is None else lora["weight"][tokens].astype(weight.dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -77,7 +77,8 @@ def _weight(keys: tuple, weight: Any, mesh: Mesh) -> Any:
 def _factor(keys: tuple, factor: Any, mesh: Mesh) -> P:
     out, inn = RULES.get(keys[-2], (None, None))
     # Without a trailing None: a step returns it like that, and would otherwise be compiled again for its own result.
-    spec = P(None, None, inn) if keys[-1] == "a" else P(None, out)
+    # Whole modules are cut as the weight that they replace; b, and what is by output (m, biases), along `out`.
+    spec = {"a": P(None, None, inn), "weight": P(out, inn)}.get(keys[-1], P(None, out))
     for size, axis in zip(factor.shape, spec, strict=False):
         _require_whole(keys, size, axis, 1, mesh)
     return spec if any(spec) else P()

@@ -18,6 +18,7 @@ from jaxtune.data.layout import Limits
 from jaxtune.errors import OptionError
 from jaxtune.inference.generate import ends
 from jaxtune.log import get_logger
+from jaxtune.lora.config import PISSA
 from jaxtune.options import mirrors
 from jaxtune.rl import completions
 from jaxtune.rl.config import GRPOConfig
@@ -78,6 +79,13 @@ class GRPOTrainer(Trainer):
         super().__init__(
             model, args, train_dataset=train_dataset, processing_class=processing_class, tokenizer=tokenizer
         )
+        config = model.causal_lm.lora_config
+        if self.args.beta > 0 and config is not None and config.init_lora_weights == PISSA:
+            raise OptionError(
+                f"beta={self.args.beta} with an adapter that began with init_lora_weights='pissa'.",
+                expected="a base that is the reference: this one lacks what the adapter took out of it.",
+                fix="Use beta=0, or another init_lora_weights.",
+            )
         if self.processing_class is None:
             raise OptionError(
                 "GRPOTrainer was given no tokenizer, and the model has none.",

@@ -11,7 +11,7 @@ from jaxtune.models.decoder import Remat
 
 MicroBatch = Mapping[str, jax.Array]
 """`tokens`, `labels`, `segment_ids`, `positions`, int32 [R, L] (a whole batch: [A, R, L]); labels are already shifted,
--100 is not trained on."""
+-100 is not trained on. A `dropout_key` [] (a whole batch: [A]) makes the adapter drop inputs, if its settings do."""
 
 Loss = Callable[[Lora | None, Params, MicroBatch], jax.Array]
 """The sum over a micro-batch's trained tokens. The step divides by their number in the whole batch."""
@@ -37,9 +37,10 @@ def label_nll(
             segments_BT=batch["segment_ids"],
             positions_BT=batch["positions"],
             remat=remat,
+            dropout_key=batch.get("dropout_key"),
         )
         hidden_TM = hidden_RLM.reshape(-1, hidden_RLM.shape[-1])
-        head_VM = model.head(params).astype(hidden_TM.dtype)
+        head_VM = model.head(params, lora).astype(hidden_TM.dtype)
         return linear_cross_entropy(
             hidden_TM,
             head_VM,

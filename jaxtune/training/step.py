@@ -55,13 +55,19 @@ def value_and_grad(
 
 
 def make_step(
-    loss: WatchedLoss, optimizer: optax.GradientTransformation, rate: Schedule, max_grad_norm: float | None
+    loss: WatchedLoss,
+    optimizer: optax.GradientTransformation,
+    rate: Schedule,
+    max_grad_norm: float | None,
+    dropout_seed: int | None = None,
 ) -> Step:
-    """`max_grad_norm=None` does not clip. The state is donated."""
+    """`max_grad_norm=None` does not clip; with a `dropout_seed`, what is dropped follows from it, the step's number and
+    the micro-batch's. The state is donated."""
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, params: Params, batch: MicroBatch) -> tuple[TrainState, Metrics]:
-        value, grads, watched = value_and_grad(loss, state.lora, params, batch)
+        keys = {} if dropout_seed is None else {"dropout_key": dropout_keys(dropout_seed, state.step, batch)}
+        value, grads, watched = value_and_grad(loss, state.lora, params, {**batch, **keys})
         norm = optax.tree.norm(grads)
         if max_grad_norm is not None:
             shrink = jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))
@@ -79,3 +85,9 @@ def make_step(
         return TrainState(state.step + 1, lora, optimizer_state), metrics
 
     return step
+
+
+def dropout_keys(seed: int, step: jax.Array, batch: MicroBatch) -> jax.Array:
+    """A key for each of a batch's micro-batches, [A]."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(lambda a: jax.random.fold_in(key, a))(jnp.arange(batch["tokens"].shape[0]))

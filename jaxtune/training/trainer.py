@@ -106,7 +106,9 @@ class Trainer:
         model, args = self.model, self.args
         assert model.lora is not None
         optimizer, rate = optimizer_of(args, total_steps)
-        step = make_step(loss, optimizer, rate, args.max_grad_norm or None)
+        config = model.causal_lm.lora_config
+        dropout_seed = args.seed if config is not None and config.lora_dropout else None
+        step = make_step(loss, optimizer, rate, args.max_grad_norm or None, dropout_seed)
         state = init_state(model.lora, optimizer)
         self.log_history = []
         steps, samples, loss_sum, epoch = 0, 0.0, 0.0, 0.0

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.lora import tree as lora_tree
+from jaxtune.lora import init as lora_init
 from jaxtune.lora.config import LoraConfig
 from jaxtune.models import names
 from jaxtune.models.causal_lm import CausalLM
@@ -45,7 +45,7 @@ def lora(causal_lm: CausalLM):
     module_names = functools.partial(names.hf_names, causal_lm.config)
 
     def fresh():
-        return lora_tree.init(causal_lm.skeleton, causal_lm.lora_config, module_names, jax.random.key(0))
+        return lora_init.init(causal_lm.skeleton, causal_lm.lora_config, module_names, jax.random.key(0))
 
     rng = np.random.default_rng(0)
     return jax.tree.map(

@@ -1,7 +1,10 @@
-"""PEFT folders travel both ways: what we write, PEFT loads with the same logits, and the reverse."""
+"""PEFT folders travel both ways, whatever the settings: what we write, PEFT loads with the same logits and gradients,
+and merges as we do; what PEFT writes, we load. One table of settings, which go by the same names on both sides."""
 
 import dataclasses
+import functools
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,23 +12,168 @@ import peft
 import pytest
 import torch
 from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
 
 from jaxtune import FastLanguageModel
+from jaxtune.kernels.linear_cross_entropy import linear_cross_entropy
 from jaxtune.lora import peft_format
 from tests.kit import models
 from tests.kit.compare import assert_close, assert_trees_equal, relative_rms
 
-IDS = np.random.default_rng(0).integers(5, models.VOCAB, (2, 40)).astype(np.int32)
+IDS = np.random.default_rng(0).integers(5, models.VOCAB, (2, 24)).astype(np.int32)
+BASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "biased": {"attention_bias": True, "mlp_bias": True},
+    "tied": {"tie_word_embeddings": True},
+}
+SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4)
+QV = ["q_proj", "v_proj"]
+RANKS = {"r": 4, "rank_pattern": {"q_proj": 8, r"layers\.1\.mlp\.up_proj": 2}}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "seven projections": ("plain", {"r": 8}),
+    "two projections, alpha 32": ("plain", {"lora_alpha": 32, "target_modules": ["q_proj", "down_proj"]}),
+    "rslora": ("plain", {"use_rslora": True}),
+    "regex": ("plain", {"target_modules": r".*\.self_attn\.(k|v)_proj"}),
+    "regex that names layers": (
+        "plain",
+        {"target_modules": r"model\.layers\.0\.mlp\.up_proj|model\.layers\.[12]\.self_attn\.q_proj"},
+    ),
+    "all-linear": ("plain", {"target_modules": "all-linear"}),
+    "excluded": ("plain", {"exclude_modules": ["up_proj", "layers.0.self_attn.q_proj"]}),
+    "ranks by pattern": ("plain", RANKS),
+    "alphas by pattern": ("plain", {"alpha_pattern": {r"layers\.2\.self_attn\..*": 48, "up_proj": 4}}),
+    "ranks and alphas, rslora": ("plain", {**RANKS, "use_rslora": True, "alpha_pattern": {"q_proj": 3}}),
+    "the first pattern holds": ("plain", {"r": 4, "rank_pattern": {r".*q_proj": 6, "1.self_attn.q_proj": 2}}),
+    "two layers of three": ("plain", {"layers_to_transform": [0, 2]}),
+    "one layer, by its pattern": ("plain", {"layers_to_transform": 1, "layers_pattern": "layers"}),
+    "a whole head": ("plain", {"target_modules": QV, "modules_to_save": ["lm_head"]}),
+    "a whole embedding": ("plain", {"target_modules": QV, "modules_to_save": ["embed_tokens"]}),
+    "both whole, tied": ("tied", {"target_modules": QV, "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "a whole embedding, tied": ("tied", {"target_modules": QV, "modules_to_save": ["embed_tokens"]}),
+    "a whole head, tied": ("tied", {"target_modules": QV, "modules_to_save": ["lm_head"]}),
+    "dora": ("biased", {"use_dora": True}),
+    "dora in two layers, by rank": ("plain", {**RANKS, "use_dora": True, "layers_to_transform": [1, 2]}),
+    "biases of the adapted": ("biased", {"target_modules": QV, "bias": "lora_only", "layers_to_transform": 1}),
+    "all biases": ("biased", {"target_modules": QV, "bias": "all"}),
+    "gaussian": ("plain", {"init_lora_weights": "gaussian"}),
+    "awake": ("plain", {"init_lora_weights": False}),
+    "pissa": ("plain", {"r": 4, "lora_alpha": 12, "init_lora_weights": "pissa"}),
+    "pissa in a layer, by rank": ("plain", {**RANKS, "init_lora_weights": "pissa", "layers_to_transform": 1}),
+    "pissa with dora": ("plain", {"r": 4, "init_lora_weights": "pissa", "use_dora": True}),
+    "everything": (
+        "biased",
+        {
+            **RANKS, "target_modules": ["q_proj", "o_proj", "up_proj"], "alpha_pattern": {"o_proj": 5},
+            "layers_to_transform": [0, 1], "use_dora": True, "use_rslora": True, "bias": "all",
+            "modules_to_save": ["embed_tokens", "lm_head"], "lora_dropout": 0.25,
+        },
+    ),
+}  # fmt: skip
+
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:.*tie_word_embeddings=True.*:UserWarning"
+    ),  # that both are trained apart
+]
+
+
+class Case:
+    """A base with the settings of one case, on both sides."""
+
+    def __init__(self, name, bases):
+        base, settings = CASES[name]
+        self.name, self.folder, self.base = name, *bases(base)
+        self.settings = {"target_modules": SEVEN, "r": 8, "lora_alpha": 16, **settings}
+
+    @functools.cached_property
+    def fresh(self):
+        return FastLanguageModel.get_peft_model(self.base, **self.settings)
+
+    @functools.cached_property
+    def ours(self):
+        """Awake: B is zero at first, which would hide every mistake."""
+        rng = np.random.default_rng(0)
+        noise = jax.tree.map(lambda x: 0.05 * rng.standard_normal(x.shape).astype("float32"), self.fresh.lora)
+        noise = self.tree(self.tensors(noise))
+        return dataclasses.replace(self.fresh, lora=jax.tree.map(np.add, self.fresh.lora, noise))
+
+    def tensors(self, tree):
+        """As a file has them: without padding."""
+        config, names = self.fresh.causal_lm.lora_config, self.fresh.module_names
+        return dict(peft_format.to_tensors(tree, config, names))
+
+    def tree(self, tensors):
+        """As a tree: with padding of zeros."""
+        lm, names = self.fresh.causal_lm, self.fresh.module_names
+        return peft_format.from_tensors(tensors, lm.lora_config, lm.skeleton, names, "a test")
+
+    def torch_base(self):
+        return AutoModelForCausalLM.from_pretrained(self.folder)
+
+    @functools.cached_property
+    def theirs(self):
+        """An adapter that PEFT has made, awake."""
+        settings = peft.LoraConfig(**self.settings, task_type="CAUSAL_LM")
+        model = peft.get_peft_model(self.torch_base(), settings)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.requires_grad:
+                    weight.add_(0.05 * torch.randn_like(weight))
+        return model
+
+    @functools.cache  # noqa: B019  # for as long as the case
+    def load_theirs(self, folder):
+        return peft.PeftModel.from_pretrained(self.torch_base(), folder, is_trainable=True).eval()
+
+
+SEVEN = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    theirs = models.random_llama()
-    return theirs, models.save(theirs, tmp_path_factory.mktemp("peft") / "base")
+def bases(tmp_path_factory):
+    @functools.cache
+    def base(name):
+        folder = tmp_path_factory.mktemp("peft") / name
+        models.save(models.random_llama(**SIZES, **BASES[name]), folder)
+        return folder, FastLanguageModel.from_pretrained(folder, dtype="float32", load_in_4bit=False)[0]
+
+    return base
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, bases):
+    return Case(request.param, bases)
+
+
+@pytest.fixture(scope="module")
+def adapter(case, tmp_path_factory):
+    """Ours, as a folder."""
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    case.ours.save_pretrained(folder, models.tokenizer())
+    return folder
 
 
 def logits(model):
-    return np.asarray(model.apply(model.params, model.lora, IDS))
+    return np.asarray(evaluate(model.causal_lm, model.params, model.lora)[0])
+
+
+# Compiled in half the time, and run for three products.
+@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+def evaluate(causal_lm, params, lora):
+    """(logits, the gradient of the sum of -log p(next)): one program for all that a case asks of a model."""
+
+    def loss(lora):
+        hidden, _ = causal_lm.hidden(params, lora, IDS)
+        flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+        nll = linear_cross_entropy(flat, causal_lm.head(params, lora), IDS[:, 1:].reshape(-1))
+        return nll.sum(), causal_lm.logits(params, hidden, lora)
+
+    if lora is None:
+        return loss(None)[1], None
+    gradient, out = jax.grad(loss, has_aux=True)(lora)
+    return out, gradient
 
 
 def torch_logits(model):
@@ -33,102 +181,95 @@ def torch_logits(model):
         return model.eval()(torch.from_numpy(IDS).long()).logits.numpy()
 
 
-def perturbed(model):
-    """B is zero at first, which would hide every mistake."""
-    model.lora = jax.tree.map(
-        lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), model.lora
+def load_ours(folder):
+    return FastLanguageModel.from_pretrained(folder, dtype="float32", load_in_4bit=False)[0]
+
+
+def test_ours_in_peft(case, adapter):
+    """The same logits, and the same gradient of every tensor that is trained."""
+    theirs = case.load_theirs(adapter)
+    assert relative_rms(logits(case.ours), logits(case.base)) > 1e-2, "it must matter to show anything"
+    assert_close(logits(case.ours), torch_logits(theirs), 1e-5)
+
+    ours = case.tensors(evaluate(case.ours.causal_lm, case.ours.params, case.ours.lora)[1])
+    expected = torch.nn.functional.cross_entropy(
+        theirs(torch.from_numpy(IDS[:, :-1]).long()).logits.flatten(0, 1),
+        torch.from_numpy(IDS[:, 1:]).long().flatten(),
+        reduction="sum",
     )
-    return model
+    expected.backward()
+    gradients = {
+        tensor_name(name): weight.grad for name, weight in theirs.named_parameters() if weight.requires_grad
+    }
+    assert ours.keys() == gradients.keys()
+    for name, one in ours.items():
+        assert_close(one, gradients[name].numpy(), 1e-4, name)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"r": 8},
-        {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "down_proj"]},
-        {"r": 8, "use_rslora": True},
-        {"r": 8, "target_modules": r".*\.self_attn\.(k|v)_proj"},
-        {"r": 4, "target_modules": "all-linear"},
-    ],
-    ids=["seven projections", "two projections, alpha 32", "rslora", "regex", "all-linear"],
-)
-def test_ours_in_peft(base, tmp_path, settings):
-    _, folder = base
-    model, tokenizer = FastLanguageModel.from_pretrained(folder, dtype="float32", load_in_4bit=False)
-    before = logits(model)
-    model = FastLanguageModel.get_peft_model(model, **settings)
-    np.testing.assert_array_equal(logits(model), before, err_msg="a fresh adapter changes nothing")
-    model = perturbed(model)
-    model.save_pretrained(tmp_path / "adapter", tokenizer)
-
-    theirs = peft.PeftModel.from_pretrained(
-        models.LlamaForCausalLM.from_pretrained(folder), tmp_path / "adapter"
-    )
-    assert relative_rms(logits(model), before) > 1e-2, "the adapter must matter for this to show anything"
-    assert_close(logits(model), torch_logits(theirs), 1e-4)
-
-    again, _ = FastLanguageModel.from_pretrained(tmp_path / "adapter", dtype="float32", load_in_4bit=False)
-    assert_trees_equal(again.lora, model.lora)
-    assert again.causal_lm == model.causal_lm
+def tensor_name(parameter):
+    """A parameter of PEFT's model as its file calls it."""
+    name = parameter.replace(".modules_to_save.default", "").replace(".default", "")
+    return name.removesuffix(".weight") if "magnitude" in name else name
 
 
-def test_theirs_in_ours(base, tmp_path):
-    theirs, folder = base
-    config = peft.LoraConfig(
-        r=8, lora_alpha=24, target_modules=["q_proj", "v_proj", "gate_proj"], task_type="CAUSAL_LM"
-    )
-    theirs = peft.get_peft_model(models.LlamaForCausalLM.from_pretrained(folder), config)
-    with torch.no_grad():
-        for name, weight in theirs.named_parameters():
-            if "lora_" in name:
-                weight.add_(0.05 * torch.randn_like(weight))
-    theirs.save_pretrained(tmp_path / "adapter")
-    ours, tokenizer = FastLanguageModel.from_pretrained(
-        tmp_path / "adapter", dtype="float32", load_in_4bit=False
-    )
-    assert_close(logits(ours), torch_logits(theirs), 1e-4)
-    assert len(tokenizer) == len(models.tokenizer())
+def test_padding_has_no_gradient_and_is_not_counted(case, capsys):
+    """What a layer does not have stays zero, to the bit; the count is PEFT's."""
+    model = case.ours
+    gradient = evaluate(model.causal_lm, model.params, model.lora)[1]
+    assert_trees_equal(jax.tree.map(np.asarray, gradient), case.tree(case.tensors(gradient)))
+    model.print_trainable_parameters()
+    ours = capsys.readouterr().out
+    case.theirs.print_trainable_parameters()
+    assert ours == capsys.readouterr().out
 
 
-def test_the_folder_is_what_peft_writes(base, tmp_path):
-    _, folder = base
-    model, _ = FastLanguageModel.from_pretrained(folder, dtype="float32")
-    FastLanguageModel.get_peft_model(model, r=4).save_pretrained(tmp_path / "ours")
-    seven = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
-    peft_config = peft.LoraConfig(r=4, target_modules=seven, task_type="CAUSAL_LM")
-    peft.get_peft_model(models.LlamaForCausalLM.from_pretrained(folder), peft_config).save_pretrained(
-        tmp_path / "peft"
-    )
+def test_ours_again(case, adapter):
+    again = load_ours(adapter)
+    assert again.causal_lm.lora_config.continues(case.ours.causal_lm.lora_config)
+    assert_trees_equal(again.lora, case.ours.lora)
+    assert_trees_equal(again.params, case.ours.params)
+    assert FastLanguageModel.get_peft_model(again, **case.settings) is again
 
-    ours, theirs = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "peft"))
+
+def test_theirs_in_ours(case, tmp_path):
+    case.theirs.save_pretrained(tmp_path / "adapter")
+    ours = load_ours(tmp_path / "adapter")
+    assert_close(logits(ours), torch_logits(case.theirs), 1e-5)
+
+    ours.save_pretrained(tmp_path / "again")
+    files = [load_file(tmp_path / which / "adapter_model.safetensors") for which in ("adapter", "again")]
+    assert_trees_equal(*map(dict, map(sorted, (file.items() for file in files))))
+
+
+def test_merged(case, adapter, tmp_path):
+    case.ours.save_pretrained_merged(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert_close(torch_logits(merged), torch_logits(case.load_theirs(adapter)), 2e-5)
+
+
+def test_a_fresh_adapter_changes_nothing(case):
+    distance = relative_rms(logits(case.fresh), logits(case.base))
+    if case.name == "awake":
+        assert distance > 1e-2
+    elif case.name.startswith("pissa"):
+        assert distance < 1e-5, "the base and its principal part are what they were"
+        assert relative_rms(logits(dataclasses.replace(case.fresh, lora=None)), logits(case.base)) > 1e-2
+    else:
+        np.testing.assert_array_equal(logits(case.fresh), logits(case.base))
+
+
+def test_the_folder_is_what_peft_writes(case, adapter, tmp_path):
+    """Names and shapes of the tensors; and settings that PEFT reads as its own."""
+    case.theirs.save_pretrained(tmp_path)
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path))
     assert {name: a.shape for name, a in ours.items()} == {name: a.shape for name, a in theirs.items()}
-    settings = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == str(folder)
-    peft.LoraConfig.from_pretrained(tmp_path / "ours")
-
-
-def test_initial_a_is_distributed_as_pefts(base):
-    _, folder = base
-    model, _ = FastLanguageModel.from_pretrained(folder, dtype="float32")
-    a = FastLanguageModel.get_peft_model(model, r=16).lora["layers"][0][0]["self_attn"]["q_proj"]["a"]
-    theirs = torch.nn.Linear(
-        128, 16, bias=False
-    ).weight.detach()  # PEFT's default is torch's own for a linear
-    assert abs(float(abs(a).max()) - 1 / np.sqrt(128)) < 1e-3
-    assert abs(float(a.std()) / float(theirs.std()) - 1) < 0.1
-
-
-def test_seeds_decide_a(base):
-    _, folder = base
-    model, _ = FastLanguageModel.from_pretrained(folder, dtype="float32")
-    one, same, other = (FastLanguageModel.get_peft_model(model, r=4, random_state=s).lora for s in (1, 1, 2))
-    assert_trees_equal(one, same)
-    q = [tree["layers"][0][0]["self_attn"]["q_proj"]["a"] for tree in (one, other)]
-    assert relative_rms(*q) > 0.1
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(case.folder)
+    assert list(settings) == sorted(settings)
+    peft.LoraConfig.from_pretrained(adapter)
 
 
 def test_every_setting_of_peft_is_classified():
     """Read, or refused unless neutral, or without meaning here: a setting that is new in PEFT fails this test."""
-    read = {"r", "lora_alpha", "target_modules", "use_rslora", "init_lora_weights"}
-    known = read | set(peft_format.UNDERSTOOD_ONLY_AS) | peft_format.IRRELEVANT
+    known = peft_format.READ | set(peft_format.UNDERSTOOD_ONLY_AS) | peft_format.IRRELEVANT
     assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= known

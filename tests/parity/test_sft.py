@@ -87,7 +87,7 @@ def torch_twin(theirs, ours):
     twin = peft.get_peft_model(theirs, settings)
     state = {
         name: torch.from_numpy(np.array(a))
-        for name, a in peft_format.to_tensors(ours.lora, ours.module_names)
+        for name, a in peft_format.to_tensors(ours.lora, config, ours.module_names)
     }
     result = peft.set_peft_model_state_dict(twin, state)
     assert not result.unexpected_keys
@@ -138,7 +138,7 @@ def test_first_gradient_and_thirty_losses(trainer):
     expected = torch_loss(probe, batches[0])
     expected.backward()
     assert_close(value, expected.detach().numpy(), 1e-5)
-    ours = dict(peft_format.to_tensors(grads, model.module_names))
+    ours = dict(peft_format.to_tensors(grads, model.causal_lm.lora_config, model.module_names))
     theirs = lora_gradients(probe)
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():

@@ -3,6 +3,7 @@
 The folder is `<name>_gguf/`, a file in it `<model>.<METHOD>.gguf`, as Unsloth's users expect them.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +20,7 @@ from jaxtune.export.merge import MergedCheckpoint
 from jaxtune.export.ollama import MODELFILE, modelfile
 from jaxtune.folders import staged
 from jaxtune.loading.checkpoint import Checkpoint
-from jaxtune.lora.config import LoraConfig
-from jaxtune.lora.peft_format import ModuleNames
+from jaxtune.lora.config import LoraConfig, ModuleNames
 from jaxtune.lora.tree import Tree
 from jaxtune.models.config import ModelConfig
 
@@ -67,7 +67,9 @@ def save_gguf(
     folder = Path(f"{Path(folder)}_gguf")
     title = Path(name).name or "model"
     with Checkpoint(base) as checkpoint:
-        merged = MergedCheckpoint.of(checkpoint, lora, lora_config, module_names)
+        tied = config.tie_word_embeddings
+        merged = MergedCheckpoint.of(checkpoint, lora, lora_config, module_names, tied=tied)
+        config = dataclasses.replace(config, tie_word_embeddings=tied and not merged.unties)
         methods = list(dict.fromkeys(_resolve(method, merged) for method in given))
         files = [f"{title}.{method.upper()}.gguf" for method in methods]
         words = vocabulary(tokenizer, config.vocab_size)
