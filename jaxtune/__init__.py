@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtune.version import __version__
 
 if TYPE_CHECKING:
-    from jaxtune.api import FastLanguageModel
+    from jaxtune.api import FastLanguageModel, add_new_tokens
     from jaxtune.data.masking import train_on_responses_only
     from jaxtune.data.templates import get_chat_template
     from jaxtune.language_model import LanguageModel
@@ -24,6 +24,7 @@ _HOME = {
     "GRPOTrainer": "jaxtune.rl",
     "SFTConfig": "jaxtune.training",
     "SFTTrainer": "jaxtune.training",
+    "add_new_tokens": "jaxtune.api",
     "get_chat_template": "jaxtune.data.templates",
     "train_on_responses_only": "jaxtune.data.masking",
 }
@@ -36,6 +37,7 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "__version__",
+    "add_new_tokens",
     "get_chat_template",
     "train_on_responses_only",
 ]

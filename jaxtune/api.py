@@ -14,6 +14,7 @@ from jaxtune.compilation import enable_cache
 from jaxtune.errors import AdapterError, ModelNotFoundError, OptionError
 from jaxtune.language_model import LanguageModel
 from jaxtune.loading import adapter as adapters
+from jaxtune.loading import new_tokens as new_token_rows
 from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.loading.config import read_config
 from jaxtune.loading.hub import resolve
@@ -116,7 +117,9 @@ class FastLanguageModel:
         causal_lm = CausalLM(at_length(config, max_seq_length))
         if adapter is not None:
             causal_lm = dataclasses.replace(causal_lm, lora_config=adapter.config)
-        tokenizer = load_tokenizer(tokenizer_folder)
+        tokenizer = load_tokenizer(
+            tokenizer_folder, eos_token_id=_model_eos(folder, hf), vocab_size=causal_lm.config.vocab_size
+        )
         with Checkpoint(folder) as checkpoint:
             params = load_params(causal_lm, checkpoint, dtype=compute_dtype(dtype), precision=precision)
         lora = None
@@ -228,6 +231,36 @@ class FastLanguageModel:
         return model
 
 
+def add_new_tokens(
+    model: LanguageModel,
+    tokenizer: Any,
+    new_tokens: Sequence[str] = (),
+    method: str = "mean",
+    interpolation: float = 0.5,
+    pad_to_multiple_of: int | None = None,
+) -> None:
+    """Adds tokens to the tokenizer and rows for them to the model, both in place as Unsloth does, ahead of adapters.
+
+    `method="mean"` starts each at the mean of the trained rows, "interpolation" that far towards the mean of the pieces
+    its text had before."""
+    if model.lora is not None:
+        raise AdapterError(
+            "add_new_tokens was given a model that has an adapter.",
+            expected="the base model: an adapter belongs to one vocabulary.",
+            fix="Call add_new_tokens before get_peft_model.",
+        )
+    if not new_tokens:
+        return
+    new_token_rows.require_method(method, interpolation)
+    first = len(tokenizer)
+    pieces = new_token_rows.add_to_tokenizer(tokenizer, new_tokens)
+    model.causal_lm, model.params = new_token_rows.grow(
+        model.causal_lm, model.params, first, pieces,
+        method=method, interpolation=interpolation, pad_to_multiple_of=pad_to_multiple_of,
+    )  # fmt: skip
+    model.added_tokens += len(new_tokens)
+
+
 def _resolve_base(adapter: adapters.AdapterFolder, token: str | None) -> Path:
     try:
         return resolve(adapter.base, revision=adapter.revision, token=token)
@@ -305,7 +338,16 @@ def compute_dtype(dtype: Any) -> jnp.dtype:
 
 def _stop_ids(folder: Path, hf: dict, tokenizer: Any) -> tuple[int, ...]:
     """Every token that the model's files call an end: generation_config.json first, then the config, the tokenizer."""
+    found = [_named_ends(folder, hf), tokenizer.eos_token_id]
+    return tuple(dict.fromkeys(int(i) for ids in found if ids is not None for i in np.atleast_1d(ids)))
+
+
+def _named_ends(folder: Path, hf: dict) -> int | list[int] | None:
     path = folder / "generation_config.json"
     generation = json.loads(path.read_text()) if path.is_file() else {}
-    found = [generation.get("eos_token_id") or hf.get("eos_token_id"), tokenizer.eos_token_id]
-    return tuple(dict.fromkeys(int(i) for ids in found if ids is not None for i in np.atleast_1d(ids)))
+    return generation.get("eos_token_id") or hf.get("eos_token_id")
+
+
+def _model_eos(folder: Path, hf: dict) -> int | None:
+    ends = _named_ends(folder, hf)
+    return None if ends is None else int(np.atleast_1d(ends)[0])

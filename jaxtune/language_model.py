@@ -73,6 +73,8 @@ class LanguageModel:
     gradient_checkpointing: bool | str = "unsloth"
     stop_ids: tuple[int, ...] = ()
     """Tokens that end a generation."""
+    added_tokens: int = 0
+    """Tokens that the original checkpoint has no rows for; see `add_new_tokens`."""
 
     def apply(self, params: Params, lora: Lora | None, tokens: jax.Array, **where: jax.Array) -> jax.Array:
         """Logits [B, T, V] in float32, as a pure function; `lora=None` is the base model. See `CausalLM.apply`."""
@@ -130,6 +132,7 @@ class LanguageModel:
     @mirrors({"safe_serialization": True, "push_to_hub": False})
     def save_pretrained(self, save_directory: str | Path, tokenizer: Any = None) -> None:
         """Writes the adapter as a PEFT folder (and the tokenizer, if given)."""
+        self._refuse_added_tokens()
         if self.lora is None or self.causal_lm.lora_config is None:
             raise AdapterError(
                 "This model has no adapter to save.",
@@ -167,6 +170,7 @@ class LanguageModel:
                 fix=f"Leave save_method out.{nearest(str(save_method), ('merged_16bit', 'lora'))}",
             )
         parse_size(max_shard_size)
+        self._refuse_added_tokens()
         save_merged_16bit(
             save_directory,
             self._original(token),
@@ -187,6 +191,7 @@ class LanguageModel:
         """Writes `<save_directory>_gguf/`: the merged model as GGUF, a file for each of f32, f16, bf16, q8_0 that was
         asked for, and a Modelfile for Ollama. `tokenizer=None` is the one that was loaded with the model."""
         check_methods(quantization_method)
+        self._refuse_added_tokens()
         return save_gguf(
             save_directory,
             self._original(token),
@@ -231,6 +236,15 @@ class LanguageModel:
         print(
             f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"
         )
+
+    def _refuse_added_tokens(self) -> None:
+        """What is saved names or starts from the original checkpoint, which would lose their rows."""
+        if self.added_tokens:
+            raise OptionError(
+                f"This model has {self.added_tokens} added tokens, which cannot be saved yet.",
+                expected="a model with the vocabulary of its checkpoint.",
+                fix="Keep model.params yourself, or use tokens that the vocabulary holds unused.",
+            )
 
     def __repr__(self) -> str:
         c, lora = self.causal_lm.config, self.causal_lm.lora_config

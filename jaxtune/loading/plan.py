@@ -58,6 +58,9 @@ def plan(
         for path, shape in shapes.items()
     }
     _report_unknown(model, checkpoint, [source for each in sources.values() for source in each])
+    if own := [source.name for each in sources.values() for source in each if source.has_own_maps]:
+        log.warning("%s: the value maps of %d weights differ from bitsandbytes' of today in their last bits: %s.",
+                    checkpoint.folder, len(own), some(own))  # fmt: skip
     kept: set[Format] = {
         s.stored.format for each in sources.values() for s in each if s.stored.format is not None
     }

@@ -1,9 +1,12 @@
 """A folder's tokenizer, through transformers' AutoTokenizer, with a pad token that is not its eos token.
 
 Padding must be told apart from a real end of text, or a model learns never to stop: a tokenizer published
-without a pad token gets one that its vocabulary already holds unused. The vocabulary never grows here.
+without a pad token, or with its eos token for one, gets one that its vocabulary already holds unused. The vocabulary
+never grows here. Bos tokens and the side of padding stay as published: some models have no bos, and rows are laid out
+by us, not by the tokenizer.
 """
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,14 +29,31 @@ PAD_CANDIDATES = (
     "<|reserved_special_token_0|>",
     "<unk>",
 )
+RESERVED = re.compile(
+    r"<\|?(reserved(_special_token|_token)?|unused|special|extra|placeholder)[_-]?\d+\|?>|\[unused\d+\]",
+    re.IGNORECASE,
+)
+"""What families call the tokens that they left room for."""
+ABSENT_MODALITIES = ("image_token", "audio_token", "video_token", "boi_token", "eoi_token")
+"""Tokens of a family's larger members, which text-only ones may list without having a row for them (Gemma 3)."""
 
 
-def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
-    """The folder's tokenizer. Its own code, if it brings any, is never run."""
+def load_tokenizer(
+    folder: str | Path, *, eos_token_id: int | None = None, vocab_size: int | None = None
+) -> "PreTrainedTokenizerBase":
+    """The folder's tokenizer. Its own code, if it brings any, is never run.
+
+    `eos_token_id` is the model's own, for a tokenizer that names none; `vocab_size` is the rows of its embedding, which
+    must hold every token."""
     folder = Path(folder)
     _require_vocabulary(folder)
     tokenizer = _load(folder)
-    _ensure_pad_token(tokenizer, folder)
+    if tokenizer.eos_token is None and eos_token_id is not None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos_token_id)
+        log.info("the tokenizer names no eos token; the model's own is %r", tokenizer.eos_token)
+    _ensure_pad_token(tokenizer, folder, vocab_size)
+    if vocab_size is not None:
+        _require_rows(tokenizer, folder, vocab_size)
     return tokenizer
 
 
@@ -71,17 +91,22 @@ def _load(folder: Path) -> "PreTrainedTokenizerBase":
         ) from error
 
 
-def _ensure_pad_token(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    if tokenizer.pad_token_id is None:
-        chosen = _unused_token(tokenizer) or tokenizer.eos_token
+def _ensure_pad_token(tokenizer: "PreTrainedTokenizerBase", folder: Path, vocab_size: int | None) -> None:
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        chosen = _unused_token(tokenizer, vocab_size) or tokenizer.eos_token
         if chosen is None:
             raise ConfigError(
                 f"The tokenizer in {folder} has neither a pad token nor an end-of-text token.",
                 expected="`eos_token` in tokenizer_config.json, and best a `pad_token` too.",
                 fix="Name the model's own special tokens in tokenizer_config.json.",
             )
+        published = tokenizer.pad_token
         tokenizer.pad_token = chosen
-        log.info("the tokenizer has no pad token; padding with %r", chosen)
+        if chosen != published:
+            log.info(
+                "the tokenizer has %s; padding with %r",
+                "no pad token" if published is None else f"its eos token {published!r} as pad token", chosen,
+            )  # fmt: skip
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         log.warning(
             "the tokenizer's pad token is its eos token %r: masks, not token ids, decide what is trained on",
@@ -89,7 +114,31 @@ def _ensure_pad_token(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> Non
         )
 
 
-def _unused_token(tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    vocabulary = tokenizer.get_vocab()
-    in_use = {tokenizer.bos_token, tokenizer.eos_token}
-    return next((token for token in PAD_CANDIDATES if token in vocabulary and token not in in_use), None)
+def _unused_token(tokenizer: "PreTrainedTokenizerBase", vocab_size: int | None) -> str | None:
+    """One made for padding, else a reserved one; <unk> last, which text may hold."""
+    rows = len(tokenizer) if vocab_size is None else vocab_size
+    template = str(tokenizer.chat_template or "")
+    taken = {tokenizer.bos_token, tokenizer.eos_token}
+    vocabulary = {token: i for token, i in tokenizer.get_vocab().items() if i < rows and token not in taken}
+    reserved = sorted(
+        (token for token in vocabulary if RESERVED.fullmatch(token)), key=vocabulary.__getitem__
+    )
+    candidates = (*PAD_CANDIDATES[:-1], *reserved, PAD_CANDIDATES[-1])
+    return next((token for token in candidates if token in vocabulary and token not in template), None)
+
+
+def _require_rows(tokenizer: "PreTrainedTokenizerBase", folder: Path, vocab_size: int) -> None:
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
+    if not beyond:
+        return
+    absent = {str(getattr(tokenizer, name, None)) for name in ABSENT_MODALITIES}
+    if beyond.keys() <= absent:
+        log.info("the model has no embedding for %s: text cannot use it", ", ".join(sorted(beyond)))
+        return
+    first = min(beyond, key=beyond.__getitem__)
+    raise ConfigError(
+        f"The tokenizer in {folder} has {len(beyond)} tokens that the model's embedding of {vocab_size:,} rows does "
+        f"not hold, the first {first!r} with id {beyond[first]:,}.",
+        expected="a row for every token.",
+        fix="Use the tokenizer that belongs to the model; to add tokens, load the model's own and call add_new_tokens.",
+    )

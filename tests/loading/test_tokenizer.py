@@ -62,6 +62,31 @@ class TestPadToken:
         assert tokenizer.pad_token_id == tokenizer.get_vocab()[chosen] != tokenizer.eos_token_id
         assert len(tokenizer) == 3 + len(specials)
 
+    @pytest.mark.parametrize(
+        "free", ["<unused7>", "[unused0]", "<|reserved_special_token_12|>", "<SPECIAL_20>", "<|extra_3|>"]
+    )
+    def test_one_that_is_eos_is_replaced_by_a_token_left_free(self, free: str, tmp_path: Path):
+        folder = write_tokenizer(tmp_path, "<eos>", "<unk>", free, eos_token="<eos>", pad_token="<eos>")
+        tokenizer = load_tokenizer(folder)
+        assert (tokenizer.pad_token, tokenizer.eos_token) == (free, "<eos>")
+
+    def test_a_token_without_a_row_or_of_the_template_is_not_free(self, tmp_path: Path):
+        folder = write_tokenizer(
+            tmp_path,
+            "<eos>",
+            "<unused0>",
+            "<unused1>",
+            "<pad>",
+            eos_token="<eos>",
+            chat_template="a<unused0>b",
+        )
+        assert load_tokenizer(folder).pad_token == "<pad>"
+        (tmp_path / "tokenizer_config.json").write_text(
+            json.dumps({"eos_token": "<eos>", "chat_template": "a<unused0>b", "image_token": "<pad>",
+                        "tokenizer_class": "PreTrainedTokenizerFast"})
+        )  # fmt: skip
+        assert load_tokenizer(folder, vocab_size=6).pad_token == "<unused1>"
+
     def test_a_candidate_that_is_the_eos_token_is_not_chosen(self, tmp_path: Path):
         folder = write_tokenizer(tmp_path, "<pad>", "<unk>", eos_token="<pad>")
         assert load_tokenizer(folder).pad_token == "<unk>"
@@ -79,6 +104,32 @@ class TestPadToken:
     def test_neither_pad_nor_eos_is_an_error(self, tmp_path: Path):
         with pytest.raises(ConfigError, match="neither a pad token nor an end-of-text token"):
             load_tokenizer(write_tokenizer(tmp_path))
+
+
+class TestTheModelsPart:
+    def test_a_missing_eos_is_the_models(self, tmp_path: Path):
+        tokenizer = load_tokenizer(write_tokenizer(tmp_path, "<end>", "<pad>"), eos_token_id=3)
+        assert (tokenizer.eos_token, tokenizer.pad_token) == ("<end>", "<pad>")
+        named = load_tokenizer(write_tokenizer(tmp_path, "<end>", "<eos>", eos_token="<eos>"), eos_token_id=3)
+        assert named.eos_token == "<eos>"
+
+    def test_a_missing_bos_stays_missing(self, tmp_path: Path):
+        assert load_tokenizer(write_tokenizer(tmp_path, "<eos>", eos_token="<eos>")).bos_token is None
+
+    def test_every_token_needs_a_row(self, tmp_path: Path):
+        folder = write_tokenizer(tmp_path, "<eos>", "<pad>", "<new>", eos_token="<eos>")
+        load_tokenizer(folder, vocab_size=6)
+        with pytest.raises(
+            ConfigError, match=r"1 tokens .* embedding of 5 rows .* '<new>' with id 5"
+        ) as caught:
+            load_tokenizer(folder, vocab_size=5)
+        assert "add_new_tokens" in caught.value.fix
+
+    def test_but_not_those_of_an_absent_modality(self, tmp_path: Path):
+        folder = write_tokenizer(
+            tmp_path, "<eos>", "<pad>", "<image>", eos_token="<eos>", image_token="<image>"
+        )
+        assert load_tokenizer(folder, vocab_size=5).pad_token == "<pad>"
 
 
 class TestErrors:

@@ -191,6 +191,16 @@ class TestChoice:
         with pytest.raises(OptionError, match="NF4 with double quantisation, and int8 was asked for"):
             FastLanguageModel.from_pretrained(checkpoint[1], load_in_8bit=True)
 
+    def test_maps_that_another_torch_rounded_are_said(self, checkpoint, tmp_path, caplog):
+        folder = shutil.copytree(checkpoint[1], tmp_path / "rounded")
+        tensors = load_file(folder / "model.safetensors")
+        name = "model.layers.0.self_attn.k_proj.weight.nested_quant_map"
+        tensors[name] = np.nextafter(tensors[name], np.float32(2))
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with caplog.at_level("WARNING", "jaxtune"):
+            FastLanguageModel.from_pretrained(folder)
+        assert "value maps of 1 weights differ" in caplog.text
+
     @pytest.mark.parametrize(
         ("part", "edit", "message"),
         [
