@@ -16,11 +16,14 @@ from jaxtune.export.gguf.folder import check_methods, save_gguf
 from jaxtune.export.merged_folder import parse_size, save_merged_16bit
 from jaxtune.inference.generate import ends, generate
 from jaxtune.loading.hub import resolve
+from jaxtune.log import get_logger
 from jaxtune.lora import tree as lora_tree
 from jaxtune.lora.config import LoraConfig
 from jaxtune.models import names
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.options import ANY, mirrors
+
+log = get_logger(__name__)
 
 _GENERATE_WITHOUT_EFFECT = {
     "use_cache": (True, None),
@@ -100,7 +103,7 @@ class LanguageModel:
         if isinstance(input_ids, Mapping):
             input_ids, attention_mask = input_ids["input_ids"], input_ids.get("attention_mask")
         rows = _rows(input_ids)
-        masks = _rows(attention_mask) if attention_mask is not None else [np.ones_like(row) for row in rows]
+        masks = [self._is_real(row) for row in rows] if attention_mask is None else _rows(attention_mask)
         if [len(mask) for mask in masks] != [len(row) for row in rows]:
             raise OptionError(
                 "attention_mask and input_ids have different shapes.",
@@ -112,6 +115,8 @@ class LanguageModel:
             if eos_token_id is None
             else np.atleast_1d(eos_token_id).tolist()
         )
+        if temperature != 1.0 and not do_sample:
+            log.warning("generate: temperature=%s has no effect without do_sample=True.", temperature)
         new = generate(
             self.causal_lm,
             self.params,
@@ -252,6 +257,13 @@ class LanguageModel:
         return (
             f"LanguageModel({self.name_or_path!r}, {c.num_layers} layers of width {c.hidden_size}, {adapter})"
         )
+
+    def _is_real(self, row: np.ndarray) -> np.ndarray:
+        """The mask of a prompt that came without one: its padding is not part of it, unless that ends texts as well."""
+        pad, eos = (getattr(self.tokenizer, f"{kind}_token_id", None) for kind in ("pad", "eos"))
+        if pad is None or pad == eos or (row == pad).all():
+            return np.ones_like(row)
+        return (row != pad).astype(row.dtype)
 
     def _pad_id(self, stops: Sequence[int]) -> int:
         pad = getattr(self.tokenizer, "pad_token_id", None)

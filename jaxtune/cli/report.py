@@ -56,6 +56,10 @@ def accuracies(accuracy: Mapping[str, Mapping[str, float]], asked: Mapping[str, 
             f"{escape(test)} ({count} questions)", *(f"{each[test]:.0%}" for each in accuracy.values())
         )
     console.print(table)
+    console.print(
+        "Reinforcement saw nothing but additions. The merge is of the original 16-bit weights, "
+        "not of the 4-bit ones that were trained on."
+    )
 
 
 def files(folder: Path, uses: Mapping[str, str]) -> None:

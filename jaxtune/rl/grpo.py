@@ -98,7 +98,7 @@ class GRPOTrainer(Trainer):
         self.prompts: list[Prompt] = read_prompts(train_dataset, self.processing_class, max_prompt_length)
         self.reward_functions.require(list(dict.fromkeys(name for p in self.prompts for name in p.columns)))
         self.stop_ids = ends(model.stop_ids, self.processing_class)
-        self._warned_of_silence = False
+        self._said: set[str] = set()
 
     @property
     def _total_steps(self) -> int:
@@ -106,7 +106,7 @@ class GRPOTrainer(Trainer):
         return self.args.total_steps(rollouts_per_epoch, uses=self.args.num_iterations)
 
     def train(self) -> TrainOutput:
-        self._warned_of_silence = False
+        self._said.clear()
         function = log_probs(self.model.causal_lm, self.args.temperature, self._remat())
         return self._train(loss_of(self.args, function), self.batches, self._total_steps)
 
@@ -177,17 +177,18 @@ class GRPOTrainer(Trainer):
         names = self.reward_functions.names
         rewards_SF = self.reward_functions.score(given, len(repeated))
         silent = int(np.isnan(rewards_SF).all(axis=1).sum())
-        if silent and not self._warned_of_silence:
-            self._warned_of_silence = True
-            log.warning(
-                "no reward function had an answer for %d of %d completions: these are not learned from "
-                "(said once, for the first step where it happens)",
-                silent,
-                len(rewards_SF),
+        if silent:
+            self._say_once(
+                "these are not learned from",
+                f"no reward function had an answer (but None or NaN) for {silent} of {len(rewards_SF)} completions",
             )
         total_S, advantages_S, std_S = jax.device_get(
             _advantages(rewards_SF, self.reward_weights, args.num_generations, args.scale_rewards)
         )
+        if not advantages_S.any():
+            self._say_once(
+                "there is nothing to learn from this", "all completions of each prompt have the same reward"
+            )
         facts = reward_facts(names, rewards_SF, total_S, std_S)
         rewards = {name: rewards_SF[:, i] for i, name in enumerate(names)}
         table = completions.table(
@@ -196,6 +197,11 @@ class GRPOTrainer(Trainer):
             logged.columns,
         )
         return Judgement(advantages_S, {**logged.means, **facts, **completion_facts(rollout)}, table)
+
+    def _say_once(self, what: str, detail: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            log.warning("%s: %s (said once, for the first step where it happens)", detail, what)
 
     def _epoch(self, steps_done: int) -> float:
         rollouts = -(-steps_done // self.args.num_iterations)

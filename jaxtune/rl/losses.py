@@ -50,10 +50,14 @@ def group_advantages(
     """(advantages [S], standard deviations [S]): how much better each completion is than its group's mean.
 
     `scale` says what that is divided by: the deviation of the "group", of the whole "batch", or "none" (the deviations
-    returned are then the groups'). A reward of NaN counts for nothing, and has advantage 0."""
+    returned are then the groups'). A reward of NaN counts for nothing, and has advantage 0. So has each of a group that
+    are all alike, exactly: what rounding leaves of them would be noise, which Adam makes steps of."""
     rewards_NG = rewards_S.reshape(-1, num_generations)
-    std_NG = jnp.broadcast_to(nan_std(rewards_NG, None if scale == "batch" else 1), rewards_NG.shape)
+    alike_N1 = jnp.nanmax(rewards_NG, axis=1, keepdims=True) == jnp.nanmin(rewards_NG, axis=1, keepdims=True)
+    std = nan_std(rewards_NG, None if scale == "batch" else 1)
+    std_NG = jnp.broadcast_to(std if scale == "batch" else jnp.where(alike_N1, 0.0, std), rewards_NG.shape)
     advantages_NG = rewards_NG - jnp.nanmean(rewards_NG, axis=1, keepdims=True)
+    advantages_NG = jnp.where(alike_N1, 0.0, advantages_NG)
     if scale != "none":
         advantages_NG = advantages_NG / (std_NG + STD_FLOOR)
     advantages_NG = jnp.where(jnp.isnan(rewards_NG), 0.0, advantages_NG)

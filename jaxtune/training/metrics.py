@@ -88,6 +88,8 @@ def _begin(folder: Path) -> Path:
     refuse_strangers(folder, marker=FILE)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / FILE).is_file():
+            log.info("%s is replaced: it was of an earlier run.", folder / FILE)
         for name in (FILE, COMPLETIONS_FILE):
             (folder / name).unlink(missing_ok=True)
     except OSError as error:

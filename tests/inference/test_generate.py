@@ -44,6 +44,26 @@ def test_greedy_equals_transformers_for_64_tokens(both, prompts):
     np.testing.assert_array_equal(ours.generate(ids, mask, max_new_tokens=NEW), expected)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_without_a_mask_padding_is_not_part_of_a_prompt(both, prompts, side):
+    ours, _ = both
+    ids, mask = prompts
+    assert ours.tokenizer.pad_token_id == 2 != ours.tokenizer.eos_token_id
+    if side == "right":
+        ids, mask = (
+            np.stack([np.roll(row, -(12 - n)) for row, n in zip(x, [12, 5, 1], strict=True)])
+            for x in (ids, mask)
+        )
+    padded = np.where(mask > 0, ids, 2)
+    expected = ours.generate(padded, mask, max_new_tokens=8)
+    np.testing.assert_array_equal(ours.generate(padded, max_new_tokens=8), expected)
+
+
+def test_a_temperature_without_sampling_is_mentioned(both, prompts, caplog):
+    both[0].generate(*prompts, max_new_tokens=8, temperature=2.0)
+    assert "temperature=2.0 has no effect" in caplog.text
+
+
 def test_cache_equals_one_pass(both, prompts):
     """Every greedy token is the likeliest of a pass over all that came before it."""
     ours, _ = both

@@ -316,6 +316,7 @@ def test_completions_that_no_function_judges_teach_nothing_and_are_mentioned_onc
 
     trainer = train(model, [every_other], **NO_REFERENCE)
     assert_trees_equal(trainer.model.lora, model.lora)
+    assert sum("have the same reward" in message for message in caplog.messages) == 1
     assert sum("no reward function had an answer" in message for message in caplog.messages) == 1
     assert column(trainer, "reward") == [1, 1]
 

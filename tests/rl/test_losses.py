@@ -221,6 +221,17 @@ def test_advantages_are_trls(bare_model, scale):
     np.testing.assert_allclose(np.nanmean(total_S), metrics["reward"][0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_rewards_that_are_alike_teach_exactly_nothing(scale):
+    """0.7 has no float32 of its own, and the mean of eight of them is another number."""
+    rewards = jnp.array([0.7] * 8 + [0.1, jnp.nan] * 4 + [0.0, 1.0] * 4)
+    advantages, std = group_advantages(rewards, 8, scale)
+    np.testing.assert_array_equal(advantages[:16], 0)
+    assert jnp.abs(advantages[16:]).min() > 0.4
+    if scale != "batch":
+        np.testing.assert_array_equal(std[:16], 0)
+
+
 def test_a_reward_that_nothing_can_be_compared_with_teaches_nothing():
     nan = np.nan
     rewards_S = jnp.asarray([nan, nan, nan, 3.0, nan, nan, nan, nan], "float32")
