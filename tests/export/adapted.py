@@ -20,14 +20,16 @@ IDS = np.random.default_rng(0).integers(5, 300, (2, 100)).astype(np.int32)
 class Adapted:
     """`model` is ours, with params in float32 whatever the files hold."""
 
-    def __init__(self, folder: Path, *, dtype="float32", max_shard_size="5GB", adapter=True, **overrides):
+    def __init__(
+        self, folder: Path, *, dtype="float32", max_shard_size="5GB", adapter=True, lora=None, **overrides
+    ):
         theirs = models.random_llama(**overrides).to(getattr(torch, dtype))
         self.base = models.save(theirs, folder / "base", max_shard_size=max_shard_size)
         self.model, self.tokenizer = FastLanguageModel.from_pretrained(
             self.base, dtype="float32", load_in_4bit=False
         )
         if adapter:
-            self.model = FastLanguageModel.get_peft_model(self.model, r=4, lora_alpha=6)
+            self.model = FastLanguageModel.get_peft_model(self.model, r=4, lora_alpha=6, **(lora or {}))
             rng = np.random.default_rng(0)
             self.model.lora = jax.tree.map(
                 lambda x: np.asarray(x) + rng.normal(0, 0.05, x.shape).astype(np.float32), self.model.lora

@@ -58,6 +58,15 @@ def test_llama_cpp_gives_the_merged_logits(tmp_path, overrides):
     assert distance(adapted, half) < 5e-3
 
 
+def test_a_head_that_was_trained_apart_from_the_embedding(tmp_path):
+    """The file of a tied model then has both; and DoRA's lengths are in its weights."""
+    lora = {"use_dora": True, "modules_to_save": ["embed_tokens", "lm_head"]}
+    adapted = Adapted(tmp_path, lora=lora, tie_word_embeddings=True)
+    (full,) = adapted.save_gguf(tmp_path / "out")
+    assert "output.weight" in {tensor.name for tensor in gguf.GGUFReader(full).tensors}
+    assert distance(adapted, full) < 1e-4
+
+
 def test_q8_0_is_close(llama_3, tmp_path):
     (file,) = llama_3.save_gguf(tmp_path / "out", "q8_0")
     assert distance(llama_3, file) < 0.1

@@ -10,7 +10,7 @@ import torch
 from peft.utils.loftq_utils import _low_rank_decomposition
 from safetensors.numpy import load_file
 
-from jaxtune import FastLanguageModel, GRPOConfig, GRPOTrainer
+from jaxtune import FastLanguageModel, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from jaxtune.errors import AdapterError, OptionError
 from jaxtune.lora.tree import linears
 from tests.kit import models
@@ -151,3 +151,18 @@ def test_pissa_leaves_no_reference(wide):
     model = FastLanguageModel.get_peft_model(wide, r=4, init_lora_weights="pissa")
     with pytest.raises(OptionError, match=r"beta=0\.1 .*'pissa'"):
         GRPOTrainer(model, lambda **_: [], GRPOConfig(beta=0.1), train_dataset=[{"prompt": "the fox"}])
+
+
+@pytest.mark.parametrize(("dropout", "seed"), [(0.1, 11), (0.0, None)])
+def test_a_trainer_drops_by_its_seed(wide, monkeypatch, dropout, seed):
+    model = FastLanguageModel.get_peft_model(wide, r=4, lora_dropout=dropout)
+    given = []
+
+    def make_step(*arguments):
+        given.extend(arguments)
+        raise InterruptedError
+
+    monkeypatch.setattr("jaxtune.training.trainer.make_step", make_step)
+    with pytest.raises(InterruptedError):
+        SFTTrainer(model, SFTConfig(max_steps=1, seed=11), train_dataset=[{"text": "the fox"}]).train()
+    assert given[-1] == seed

@@ -70,6 +70,16 @@ def test_packed_inputs_are_cut_in_whole_tiles():
         param_shardings(params, make_mesh(fsdp=4))
 
 
+def test_what_else_an_adapter_has_follows_its_weight():
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, "float32")
+    up = {"m": shape(2, 512), "bias": shape(2, 512)}
+    lora = {"layers": {0: {0: {"mlp": {"up_proj": up}}}}, "lm_head": {"weight": shape(128, 256)}}
+    ours = lora_shardings(lora, make_mesh(fsdp=2, tensor=2))
+    by_output = jax.sharding.PartitionSpec(None, "tensor")
+    assert {one.spec for one in ours["layers"][0][0]["mlp"]["up_proj"].values()} == {by_output}
+    assert ours["lm_head"]["weight"].spec == jax.sharding.PartitionSpec("tensor", "fsdp")
+
+
 def test_a_mesh_needs_its_devices():
     with pytest.raises(ShardingError, match="8 devices"):
         make_mesh(fsdp=16)
