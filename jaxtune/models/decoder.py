@@ -64,7 +64,7 @@ class Decoder(nnx.Module):
             x_BTM, cache = _scan(list(blocks), adapters, x_BTM, where, cache, s, remat)
         return self.norm(x_BTM), cache
 
-    def embed(self, tokens_BT: jax.Array, lora: Any) -> jax.Array:
+    def embed(self, tokens_BT: jax.Array, lora: Any = None) -> jax.Array:
         x_BTM = self.embed_tokens(tokens_BT, lora)
         multiplier = jnp.asarray(self.embedding_multiplier, x_BTM.dtype)
         return x_BTM if self.embedding_multiplier == 1 else x_BTM * multiplier
