@@ -16,7 +16,7 @@ def peft_twin(theirs, ours) -> torch.nn.Module:
         task_type="CAUSAL_LM",
     )
     twin = peft.get_peft_model(theirs, settings)
-    tensors = peft_format.to_tensors(ours.lora, ours.module_names)
+    tensors = peft_format.to_tensors(ours.lora, config, ours.module_names)
     result = peft.set_peft_model_state_dict(
         twin, {name: torch.from_numpy(np.array(a)) for name, a in tensors}
     )

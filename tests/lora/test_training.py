@@ -31,7 +31,7 @@ OPTIMIZER = adamw(RATE, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.1)
 @pytest.fixture(scope="module")
 def case():
     """(model, packed params, an adapter that is awake)"""
-    model = dataclasses.replace(tiny.model(attention_bias=True), lora_config=EVERYTHING)
+    model = dataclasses.replace(tiny.model(qkv_bias=True, o_bias=True), lora_config=EVERYTHING)
     params = tiny.params(model)
     lora = lora_init.init(params, EVERYTHING, model.module_names, jax.random.key(0))
     awake = {name: one + 0.05 for name, one in tensors(model, lora).items()}

@@ -76,7 +76,8 @@ def test_gradients_are_pefts(adapted, batch):
         total = total + torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
     total.backward()
     assert_close(value, total.detach().numpy(), 1e-5)
-    ours, expected = dict(peft_format.to_tensors(grads, model.module_names)), twin.gradients(probe)
+    ours = dict(peft_format.to_tensors(grads, model.causal_lm.lora_config, model.module_names))
+    expected = twin.gradients(probe)
     assert ours.keys() == expected.keys()
     for name, gradient in ours.items():
         assert_close(gradient, expected[name], 1e-4, name)

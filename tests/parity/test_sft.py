@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import numpy as np
-import peft
 import pytest
 import torch
 
@@ -16,6 +15,7 @@ from jaxtune.training.remat import remat
 from jaxtune.training.step import value_and_grad
 from tests.kit import models
 from tests.kit.compare import assert_close
+from tests.kit.twin import gradients, peft_twin
 
 STEPS = 30
 CONFIG = SFTConfig(
@@ -58,7 +58,7 @@ def trainer(request, tmp_path_factory):
         put_dequantized(theirs, model)
     model = FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16)
     tokenizer = get_chat_template(tokenizer, "chatml")
-    return SFTTrainer(model, CONFIG, train_dataset=dataset(), tokenizer=tokenizer), torch_twin(theirs, model)
+    return SFTTrainer(model, CONFIG, train_dataset=dataset(), tokenizer=tokenizer), peft_twin(theirs, model)
 
 
 def put_dequantized(theirs, ours):
@@ -74,24 +74,6 @@ def put_dequantized(theirs, ours):
                 names.hf_names(ours.causal_lm.config, path), stack.dequantize(), strict=True
             ):
                 weights[name].data = torch.from_numpy(np.array(one))
-
-
-def torch_twin(theirs, ours):
-    config = ours.causal_lm.lora_config
-    settings = peft.LoraConfig(
-        r=config.r,
-        lora_alpha=config.lora_alpha,
-        target_modules=list(config.target_modules),
-        task_type="CAUSAL_LM",
-    )
-    twin = peft.get_peft_model(theirs, settings)
-    state = {
-        name: torch.from_numpy(np.array(a))
-        for name, a in peft_format.to_tensors(ours.lora, config, ours.module_names)
-    }
-    result = peft.set_peft_model_state_dict(twin, state)
-    assert not result.unexpected_keys
-    return twin.train()
 
 
 def sequences(batch):
@@ -115,14 +97,6 @@ def torch_loss(twin, batch):
     return total / count
 
 
-def lora_gradients(twin):
-    return {
-        name.replace(".default", ""): weight.grad.numpy()
-        for name, weight in twin.named_parameters()
-        if weight.grad is not None
-    }
-
-
 def test_first_gradient_and_thirty_losses(trainer):
     trainer, twin = trainer
     args, model = trainer.args, trainer.model
@@ -134,17 +108,17 @@ def test_first_gradient_and_thirty_losses(trainer):
     value, grads, _ = jax.jit(lambda lora, params: value_and_grad(unwatched(loss), lora, params, batches[0]))(
         nudged, model.params
     )
-    probe = torch_twin(twin.unload(), dataclasses.replace(model, lora=nudged))
+    probe = peft_twin(twin.unload(), dataclasses.replace(model, lora=nudged))
     expected = torch_loss(probe, batches[0])
     expected.backward()
     assert_close(value, expected.detach().numpy(), 1e-5)
     ours = dict(peft_format.to_tensors(grads, model.causal_lm.lora_config, model.module_names))
-    theirs = lora_gradients(probe)
+    theirs = gradients(probe)
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():
         assert_close(gradient, theirs[name], 1e-4, name)
 
-    twin = torch_twin(probe.unload(), model)
+    twin = peft_twin(probe.unload(), model)
     trained = [weight for weight in twin.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay
