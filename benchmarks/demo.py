@@ -1,7 +1,7 @@
 """The demo for several seeds: how much fine-tuning and reinforcement raise what is tested, and how long it takes.
 
-python benchmarks/demo.py                 # three seeds: minutes each on two CPU cores
-python benchmarks/demo.py --seeds 0 --name demo-gpu
+PYTHONPATH=. python benchmarks/demo.py                 # three seeds: minutes each on two CPU cores
+PYTHONPATH=. python benchmarks/demo.py --seeds 0 --name demo-gpu
 """
 
 import argparse
