@@ -73,7 +73,7 @@ class Trainer:
         if not isinstance(args, self.config_type | None):
             raise OptionError(
                 f"{name}'s args is a {type(args).__name__}.",
-                expected=f"{'an' if config[0] in 'AEIOS' else 'a'} {config}.",
+                expected=f"args of the type {config}.",
                 fix=f"Pass args={config}(...).",
             )
         if not hasattr(model, "causal_lm"):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.kit.models import LLAMA3_ROPE, VOCAB
+from tests.kit.models import LLAMA3_ROPE, VOCAB, perturbed
 
 WINDOW = 8
 """Shorter than the sequences that tests use, so that they leave it."""
@@ -100,18 +100,11 @@ CASES: dict[str, tuple[str, dict]] = {
 
 
 def random_model(case: str, seed: int = 0, **overrides) -> transformers.PreTrainedModel:
-    """As tests.kit.models.random_llama: norms and biases perturbed, weights large enough that attention is uneven."""
     model_type, settings = CASES[case]
     config = transformers.AutoConfig.for_model(model_type, **{**SIZES, **settings, **overrides})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                weight.add_(0.1 * torch.randn_like(weight))
-            else:
-                weight.mul_(5.0)
-    return model
+    return perturbed(model, 5.0)
 
 
 def spell_rope_as_before(folder: Path) -> None:

@@ -63,15 +63,18 @@ def llama_config(**overrides) -> LlamaConfig:
 
 
 def random_llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
-    """Norms and biases perturbed, so that leaving one out shows; weights large enough that attention is not uniform."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(llama_config(**overrides)).eval()
+    return perturbed(LlamaForCausalLM(llama_config(**overrides)).eval(), 3.0)
+
+
+def perturbed(model, factor: float):
+    """Norms and biases moved, so that leaving one out shows; weights `factor` as large, so that attention is uneven."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 weight.add_(0.1 * torch.randn_like(weight))
             else:
-                weight.mul_(3.0)
+                weight.mul_(factor)
     return model
 
 
