@@ -1,5 +1,6 @@
 """Reads a PEFT adapter folder."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +11,8 @@ from jaxtune.errors import AdapterError, CheckpointError
 from jaxtune.loading.checkpoint import read_file
 from jaxtune.lora import peft_format
 from jaxtune.lora.config import LoraConfig
+from jaxtune.lora.tables import Tables, take_tables
 from jaxtune.lora.tree import Tree
-from jaxtune.models import names
 from jaxtune.models.causal_lm import CausalLM
 
 
@@ -47,8 +48,18 @@ def read_config(folder: Path) -> AdapterFolder:
     return AdapterFolder(folder, peft_format.from_peft_config(peft, str(path)), base, peft.get("revision"))
 
 
-def read_weights(adapter: AdapterFolder, model: CausalLM) -> Tree:
-    """The adapter's tree, float32 arrays on the host, stacked for `model`."""
+class Adapted(NamedTuple):
+    """A model as an adapter has it, and what the adapter's folder holds, on the host."""
+
+    model: CausalLM
+    """With the adapter's settings, and with as many tokens as its tables have rows."""
+    lora: Tree
+    """float32, stacked for `model`."""
+    tables: Tables
+    """Of a base that is not quite the original: its embedding and head, where tokens were added."""
+
+
+def read_weights(adapter: AdapterFolder, base: CausalLM) -> Adapted:
     path = adapter.folder / peft_format.WEIGHTS_FILE
     tensors = _read(path)
     broken = [name for name, tensor in tensors.items() if not np.isfinite(tensor.astype(np.float32)).all()]
@@ -58,10 +69,15 @@ def read_weights(adapter: AdapterFolder, model: CausalLM) -> Tree:
             expected="finite weights.",
             fix="Use an adapter from before its training diverged.",
         )
-    config = model.config
-    return peft_format.from_tensors(
-        tensors, adapter.config, model.skeleton, lambda path: names.hf_names(config, path), str(path)
-    )
+    c = base.config
+    tables, rows = take_tables(
+        tensors, adapter.config, base.module_names, (c.vocab_size, c.hidden_size), str(path),
+        tied=c.tie_word_embeddings,
+    )  # fmt: skip
+    config = dataclasses.replace(c, vocab_size=rows)
+    model = dataclasses.replace(base, config=config, lora_config=adapter.config)
+    lora = peft_format.from_tensors(tensors, adapter.config, model.skeleton, model.module_names, str(path))
+    return Adapted(model, lora, tables)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from jaxtune.lora.tree import Tree, at, cut, insert, layers, linears
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector", "weight": "weight"}
 
 UNDERSTOOD_ONLY_AS: dict[str, Any] = {
@@ -57,7 +57,7 @@ PLAIN_INITS = (True, False, None, "gaussian", "orthogonal")
 def tensor_name(module: str, leaf: str, *, adapted: bool = True) -> str:
     """A bias stays with its linear, which PEFT wraps where there is an adapter."""
     suffix = _SUFFIXES.get(leaf) or ("base_layer.bias" if adapted else "bias")
-    return f"{_PREFIX}{module}.{suffix}"
+    return f"{PREFIX}{module}.{suffix}"
 
 
 def to_peft_config(config: LoraConfig, base: str, revision: str | None) -> dict[str, Any]:
