@@ -199,8 +199,8 @@ def test_a_mistyped_option(good):
 
 
 def test_an_option_that_is_not_here_yet(good):
-    with fails(errors.OptionError, "full_finetuning=True"):
-        load(good, full_finetuning=True)
+    with fails(errors.OptionError, "fast_inference=True"):
+        load(good, fast_inference=True)
 
 
 # ---- adapters ----

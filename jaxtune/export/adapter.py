@@ -28,7 +28,7 @@ def save_adapter(
     with staged(folder, marker=peft_format.CONFIG_FILE) as stage:
         tensors = dict(peft_format.to_tensors(adapter, config, module_names))
         table_name = table_names(config, module_names)
-        tensors |= {table_name[name]: table for name, table in (tables or {}).items() if name in table_name}
+        tensors |= {table_name[name]: table for name, table in (tables or {}).items()}
         save_file(tensors, stage / peft_format.WEIGHTS_FILE, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)

@@ -12,13 +12,14 @@ Tables = dict[str, np.ndarray]
 
 
 def table_names(config: LoraConfig, module_names: ModuleNames) -> dict[str, str]:
-    """How PEFT calls them; not of those that are trained whole, whose trained ones go by the same name."""
-    modules = {name: module_names((name,))[0] for name in (EMBEDDING, HEAD)}
-    return {
-        name: f"{PREFIX}{module}.{'base_layer.weight' if config.targets(module) else 'weight'}"
-        for name, module in modules.items()
-        if name not in config.modules_to_save
-    }
+    """How PEFT calls them: they may lie under an adapter, or under a copy that is trained."""
+    found = {}
+    for name in (EMBEDDING, HEAD):
+        module = module_names((name,))[0]
+        under = "original_module." if name in config.modules_to_save else ""
+        under = "base_layer." if config.targets(module) else under
+        found[name] = f"{PREFIX}{module}.{under}weight"
+    return found
 
 
 def take_tables(
@@ -34,10 +35,12 @@ def take_tables(
     `tied` says whether the head is the embedding."""
     names = table_names(config, module_names)
     tables = {name: tensors.pop(tensor) for name, tensor in names.items() if tensor in tensors}
-    whole = {
-        name: tensors.get(f"{PREFIX}{module_names((name,))[0]}.weight") for name in config.modules_to_save
-    }
-    trained = {name: table for name, table in whole.items() if table is not None}
+    trained = {}
+    for name in config.modules_to_save:
+        module = f"{PREFIX}{module_names((name,))[0]}"
+        tensors.pop(f"{module}.modules_to_save.weight", None)  # the same again
+        if f"{module}.weight" in tensors:
+            trained[name] = tensors[f"{module}.weight"]
     found = [*tables.items(), *trained.items()]
     rows = len(found[0][1]) if found else shape[0]
     for name, table in found:
