@@ -30,10 +30,12 @@ def is_adapter(folder: Path) -> bool:
 def read_config(folder: Path) -> AdapterFolder:
     path = folder / peft_format.CONFIG_FILE
     try:
-        peft: dict[str, Any] = json.loads(path.read_text())
+        peft: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(peft, dict):
+            raise ValueError(f"it holds a {type(peft).__name__}")
     except ValueError as error:
         raise AdapterError(
-            f"{path} is not JSON: {error}.",
+            f"{path} is not JSON with an adapter's settings: {error}.",
             expected="the settings that PEFT wrote.",
             fix="Save the adapter again.",
         ) from error
