@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxtune import quant
 from jaxtune.errors import CheckpointError, OptionError
@@ -21,6 +22,7 @@ from jaxtune.quant import Format, FourBit, PackedArray, Unpacked
 log = get_logger(__name__)
 
 DEFAULT = FourBit()
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CHUNK = 64 << 20
 """Bytes of a large table (embedding, head) that are handled at once, so that no copy of it is ever whole."""
 
@@ -50,6 +52,8 @@ def plan(
     """A plan for every leaf of the model's skeleton. `precision=None` is the checkpoint's own, or else NF4."""
     shapes = {names.keys(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(model.skeleton)}
     _require_all(model, checkpoint, list(shapes))
+    if model.config.tie_word_embeddings:
+        _require_tied(checkpoint)
     sources = {
         path: [
             recognise(checkpoint, name, shape[1:] if names.is_stacked(path) else shape, dtype)
@@ -133,6 +137,21 @@ def _require_all(model: CausalLM, checkpoint: Checkpoint, paths: list[names.Path
             f"{some(missing)}.",
             expected="every weight of the architecture.",
             fix="Download the model again; if it is an adapter, name its folder with its adapter_config.json.",
+        )
+
+
+def _require_tied(checkpoint: Checkpoint) -> None:
+    """A head that is stored though it is tied has to be the embedding once more. transformers unties it otherwise."""
+    if HEAD not in checkpoint or checkpoint.shape(HEAD) != checkpoint.shape(EMBEDDING):
+        return
+    head, embedding = (checkpoint.read(name).view(np.uint8) for name in (HEAD, EMBEDDING))
+    rows = max(1, CHUNK // embedding.shape[1])
+    pieces = [slice(start, start + rows) for start in range(0, len(embedding), rows)]
+    if not all(np.array_equal(head[piece], embedding[piece]) for piece in pieces):
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json ties the head to the embedding, and {HEAD} is not {EMBEDDING}.",
+            expected="one matrix for both, or a config that does not tie them.",
+            fix='If the head was trained apart, set "tie_word_embeddings": false in config.json.',
         )
 
 

@@ -17,6 +17,7 @@ from tests.kit.compare import assert_close, relative_rms
 PLAIN = RopeConfig(theta=1e4)
 STRETCHED = RopeConfig(theta=1e4, kind="linear", factor=3.0, original_max_position=64)
 LLAMA3 = RopeConfig(theta=1e4, kind="llama3", factor=8.0, high_freq_factor=4.0, original_max_position=32)
+YARN = RopeConfig(theta=1e4, kind="yarn", factor=4.0, original_max_position=64)
 DYNAMIC = RopeConfig(theta=1e4, kind="dynamic", factor=2.0, original_max_position=64, length=64)
 
 
@@ -34,6 +35,11 @@ RULES = {
     "windows only": (trained_for_64(LayerKind(8)), (PLAIN,), None),
     "no positions where everything is seen": (trained_for_64(LayerKind(8), LayerKind(None, None)), (PLAIN,), None),
     "scaling of its own": (trained_for_64(ropes=(LLAMA3,)), (LLAMA3,), logging.WARNING),
+    "yarn that reaches as far": (trained_for_64(ropes=(YARN,)), (YARN,), None),
+    "yarn that does not": (
+        trained_for_64(ropes=(dataclasses.replace(YARN, factor=2.0),)), (dataclasses.replace(YARN, factor=2.0),),
+        logging.WARNING,
+    ),
     "dynamic": (trained_for_64(ropes=(DYNAMIC,)), (dataclasses.replace(DYNAMIC, length=192),), None),
 }  # fmt: skip
 
