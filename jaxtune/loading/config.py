@@ -24,7 +24,7 @@ def read_config(folder: str | Path, supported: Collection[str] | None = None) ->
     path = Path(folder) / CONFIG_FILE
     raw = _read_json(path)
     _check_dtype(path, raw)
-    _require_supported(path, _model_type(path, raw), supported)
+    _require_supported(path, _model_type(path, raw), supported, has_own_code="auto_map" in raw)
     _require_sizes(path, raw)
     config = _normalise(path, raw)
     # transformers may read a config as another type than it says (mistral with `layer_types` is ministral).
@@ -90,12 +90,15 @@ def _model_type(path: Path, raw: dict[str, Any]) -> str:
     return model_type
 
 
-def _require_supported(path: Path, model_type: str, supported: Collection[str] | None) -> None:
+def _require_supported(
+    path: Path, model_type: str, supported: Collection[str] | None, *, has_own_code: bool = False
+) -> None:
     if supported is not None and model_type not in supported:
         raise UnsupportedModelError(
             f"{path} has the `model_type` {model_type!r}, which jaxtune has no definition for.",
             expected=f"One of {', '.join(sorted(supported))}.",
-            fix="Use a model of one of these families." + _meant(model_type, supported),
+            fix="Use a model of one of these families."
+            + (" This one's own code is never run." if has_own_code else _meant(model_type, supported)),
         )
 
 

@@ -95,10 +95,10 @@ def require_known(hf: Mapping[str, Any], folder: Path) -> None:
     quantization = hf.get("quantization_config")
     if not quantization:
         return
-    method = quantization.get("quant_method") or str(quantization.get("quant_algo", "unknown")).lower()
+    method = quantization.get("quant_method") or str(quantization.get("quant_algo", "")).lower()
     if method not in KNOWN_METHODS:
         raise UnsupportedModelError(
-            f"{folder} holds weights that are quantised already ({method}).",
+            f"{folder} holds weights that are quantised already ({method or json.dumps(quantization)}).",
             expected=f"weights in 16 or 32 bits, or quantised by {' or '.join(KNOWN_METHODS)}.",
             fix="Name the original model instead of its quantised copy: load_in_4bit quantises it while it loads.",
         )
