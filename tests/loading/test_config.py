@@ -125,6 +125,15 @@ class TestErrors:
         assert caught.value.expected == "One of llama, qwen3."
         assert "Did you mean 'llama'?" in caught.value.fix
 
+    @pytest.mark.parametrize(
+        "settings",
+        [{"model_type": "mixtral"}, {"model_type": "lamma", "auto_map": {"AutoConfig": "own.Config"}}],
+    )
+    def test_a_model_of_its_own_is_no_mistyped_one(self, settings: dict[str, Any], tmp_path: Path):
+        with pytest.raises(UnsupportedModelError) as caught:
+            read_config(write(tmp_path, **settings), supported=["llama", "mistral"])
+        assert "Did you mean" not in caught.value.fix
+
     def test_a_model_type_that_transformers_does_not_know(self, tmp_path: Path):
         with pytest.raises(UnsupportedModelError, match=r"'llamma', which transformers .* does not know"):
             read_config(write(tmp_path, model_type="llamma"))

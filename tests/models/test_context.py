@@ -67,6 +67,24 @@ def test_a_length_that_nobody_asked_for_stretches_nothing(tmp_path):
     assert model.causal_lm.config.ropes[0].kind == "default"
 
 
+@pytest.mark.parametrize("model_type", families.EACH)
+def test_every_family_is_stretched_with_one_message(model_type, tmp_path, caplog):
+    """Unless all that it sees is a window."""
+    case = families.EACH[model_type]
+    folder = models.save(families.random_model(case, rope_parameters=None), tmp_path / "model")
+    with caplog.at_level(logging.INFO, "jaxtune"):
+        model, _ = FastLanguageModel.from_pretrained(
+            folder, dtype="float32", load_in_4bit=False, max_seq_length=1024
+        )
+    assert model.max_seq_length == model.causal_lm.config.max_position == 1024
+    said = [record.getMessage() for record in caplog.records]
+    if all(kind.window for kind in model.causal_lm.config.layers):
+        assert not said
+    else:
+        assert len(said) == 1 and "trained for 256 tokens" in said[0] and "stretched by 4" in said[0]
+        assert (model.causal_lm.config.ropes[0].kind, model.causal_lm.config.ropes[0].factor) == ("linear", 4)
+
+
 @pytest.mark.parametrize("case", ["mistral nemo", "phi3", "gemma3_text, old"])
 def test_the_merged_folder_is_the_stretched_model(case, tmp_path):
     """Whether its config.json spells the rope in the old way or the new, for one rope or two."""
