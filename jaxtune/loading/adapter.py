@@ -46,7 +46,15 @@ def read_config(folder: Path) -> AdapterFolder:
             expected="base_model_name_or_path.",
             fix="Add the id or folder of the model that the adapter was trained on.",
         )
-    return AdapterFolder(folder, peft_format.from_peft_config(peft, str(path)), base, peft.get("revision"))
+    try:
+        config = peft_format.from_peft_config(peft, str(path))
+    except (TypeError, ValueError, AttributeError) as error:  # a number where a list should be, and the like
+        raise AdapterError(
+            f"{path} holds a setting of the wrong kind: {error}.",
+            expected="the settings that PEFT wrote.",
+            fix="Correct it, or save the adapter again.",
+        ) from error
+    return AdapterFolder(folder, config, base, peft.get("revision"))
 
 
 def read_weights(adapter: AdapterFolder, model: CausalLM) -> Tree:

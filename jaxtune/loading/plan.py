@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune import quant
-from jaxtune.errors import CheckpointError, OptionError
+from jaxtune.errors import CheckpointError, OptionError, nearest
 from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.loading.stored import Source, recognise
 from jaxtune.log import get_logger
@@ -132,11 +132,13 @@ def _require_all(model: CausalLM, checkpoint: Checkpoint, paths: list[names.Path
     expected = [name for path in paths for name in names.hf_names(model.config, path)]
     missing = [name for name in expected if name not in checkpoint]
     if missing:
+        renamed = nearest(missing[0], checkpoint.names) if len(missing) > len(expected) / 2 else ""
         raise CheckpointError(
             f"{checkpoint.folder} lacks {len(missing)} of the {len(expected)} weights that its config asks for: "
             f"{some(missing)}.",
             expected="every weight of the architecture.",
-            fix="Download the model again; if it is an adapter, name its folder with its adapter_config.json.",
+            fix="Download the model again; if it is an adapter, name its folder with its adapter_config.json."
+            + renamed,
         )
 
 

@@ -89,6 +89,15 @@ class TestWeights:
             edit_index(broken, {other: shard for other, shard in whole.items() if other != name})
             assert_fails(errors.CheckpointError, broken, f"lacks 1 of the {len(whole)} weights", name)
 
+    def test_every_weight_may_have_another_name(self, broken):
+        """As saved from a model without a head; the message names what is there instead."""
+        edited = {name.removeprefix("model."): shard for name, shard in weight_map(broken).items()}
+        for shard in set(edited.values()):
+            tensors = {name.removeprefix("model."): a for name, a in load_file(broken / shard).items()}
+            save_file(tensors, broken / shard)
+        edit_index(broken, edited)
+        assert_fails(errors.CheckpointError, broken, "lacks", "Did you mean 'embed_tokens.weight'")
+
     def test_any_weight_may_have_another_shape(self, broken):
         """Cut by a row; and the message has both shapes."""
         whole = weight_map(broken)
