@@ -52,8 +52,6 @@ def plan(
     """A plan for every leaf of the model's skeleton. `precision=None` is the checkpoint's own, or else NF4."""
     shapes = {names.keys(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(model.skeleton)}
     _require_all(model, checkpoint, list(shapes))
-    if model.config.tie_word_embeddings:
-        _require_tied(checkpoint)
     sources = {
         path: [
             recognise(checkpoint, name, shape[1:] if names.is_stacked(path) else shape, dtype)
@@ -61,6 +59,8 @@ def plan(
         ]
         for path, shape in shapes.items()
     }
+    if model.config.tie_word_embeddings:
+        _require_tied(checkpoint)
     _report_unknown(model, checkpoint, [source for each in sources.values() for source in each])
     if own := [source.name for each in sources.values() for source in each if source.has_own_maps]:
         log.warning("%s: the value maps of %d weights differ from bitsandbytes' of today in their last bits: %s.",
@@ -144,12 +144,14 @@ def _require_all(model: CausalLM, checkpoint: Checkpoint, paths: list[names.Path
 
 def _require_tied(checkpoint: Checkpoint) -> None:
     """A head that is stored though it is tied has to be the embedding once more. transformers unties it otherwise."""
-    if HEAD not in checkpoint or checkpoint.shape(HEAD) != checkpoint.shape(EMBEDDING):
+    if HEAD not in checkpoint:
         return
     head, embedding = (checkpoint.read(name).view(np.uint8) for name in (HEAD, EMBEDDING))
     rows = max(1, CHUNK // embedding.shape[1])
     pieces = [slice(start, start + rows) for start in range(0, len(embedding), rows)]
-    if not all(np.array_equal(head[piece], embedding[piece]) for piece in pieces):
+    if len(head) != len(embedding) or not all(
+        np.array_equal(head[piece], embedding[piece]) for piece in pieces
+    ):
         raise CheckpointError(
             f"{checkpoint.folder}: config.json ties the head to the embedding, and {HEAD} is not {EMBEDDING}.",
             expected="one matrix for both, or a config that does not tie them.",

@@ -89,3 +89,9 @@ def test_what_is_none(given, word):
 def test_other_quantised_checkpoints_are_refused_by_name(method, tmp_path):
     with pytest.raises(UnsupportedModelError, match=method):
         require_known({"quantization_config": {"quant_method": method}}, tmp_path)
+
+
+def test_or_by_all_that_they_say(tmp_path):
+    """As MLX's, which name no method."""
+    with pytest.raises(UnsupportedModelError, match=r'quantised already \(\{"group_size": 64, "bits": 4\}\)'):
+        require_known({"quantization_config": {"group_size": 64, "bits": 4}}, tmp_path)
