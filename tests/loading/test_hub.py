@@ -120,6 +120,11 @@ class TestDownloads:
         assert Path(offline["folder"]) == folder
         assert len(hub.requests) == asked
 
+    def test_what_is_in_the_cache_serves_while_the_hub_is_in_trouble(self, hub: FakeHub, home: Path):
+        before = resolve_elsewhere(hub.environment(home))
+        hub.refuse(ID, 503)
+        assert resolve_elsewhere(hub.environment(home)) == before
+
     def test_only_what_is_used_is_fetched(self, hub: FakeHub, home: Path, model: Path):
         (model / "original").mkdir()
         unwanted = [

@@ -1,22 +1,16 @@
 """Adapters as people have published them: each is understood, or refused with the reason. The files are read where
 the project keeps them, and are not ours to commit."""
 
-from pathlib import Path
-
 import pytest
 
 from jaxtune.errors import AdapterError
 from jaxtune.loading.adapter import read_config
+from tests.kit.published import folders
 
-PUBLISHED = sorted((Path(__file__).parents[3] / "shared/fixtures/published").glob("adapter-*"))
 REFUSED = {"adapter-qwen2-7b-lora-demo": "LoRA on embed_tokens"}
 
 
-if not PUBLISHED:
-    print("no published adapters in ../shared: the test over them has no cases")
-
-
-@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", folders("adapter_config.json"), ids=lambda folder: folder.name)
 def test_understood_or_refused(folder):
     if folder.name in REFUSED:
         with pytest.raises(AdapterError, match=REFUSED[folder.name]):
