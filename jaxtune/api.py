@@ -1,23 +1,24 @@
 """FastLanguageModel: Unsloth's entry points, `from_pretrained` and `get_peft_model`, which return a LanguageModel."""
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxtune.compilation import enable_cache
 from jaxtune.errors import AdapterError, ModelNotFoundError, OptionError
+from jaxtune.inference.generate import ends as ends_with
 from jaxtune.language_model import LanguageModel
 from jaxtune.loading import adapter as adapters
 from jaxtune.loading import new_tokens as new_token_rows
 from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.loading.config import read_config
 from jaxtune.loading.dtypes import dtypes
+from jaxtune.loading.ends import read_ends
 from jaxtune.loading.hub import resolve
 from jaxtune.loading.load import load_params
 from jaxtune.loading.precision import choose_precision, require_known
@@ -41,8 +42,15 @@ FUSED_PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 _LOAD_WITHOUT_EFFECT = {
     "device_map": ANY,
     "fix_tokenizer": ANY,
-    "trust_remote_code": False,
+    "trust_remote_code": ANY,
     "use_exact_model_name": ANY,
+    "attn_implementation": ANY,
+    "gpu_memory_utilization": ANY,
+    "max_lora_rank": ANY,
+    "unsloth_tiled_mlp": ANY,
+    "offload_embedding": (False, "auto"),
+    "float8_kv_cache": False,
+    "qat_scheme": None,
     "random_state": ANY,
     "disable_log_stats": ANY,
     "fast_inference": False,
@@ -65,7 +73,7 @@ class FastLanguageModel:
     """Unsloth's entry points. Nothing is patched; both return values, and leave what they were given as it was."""
 
     @staticmethod
-    @mirrors(_LOAD_WITHOUT_EFFECT)
+    @mirrors(_LOAD_WITHOUT_EFFECT, aliases={"torch_dtype": "dtype"})
     def from_pretrained(
         model_name: str | Path,
         max_seq_length: int | None = None,
@@ -79,6 +87,8 @@ class FastLanguageModel:
         float32_mixed_precision: bool | None = None,
         token: str | None = None,
         revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
         use_gradient_checkpointing: bool | str = "unsloth",
     ) -> tuple[LanguageModel, Any]:
         """(model, tokenizer) from a hub id, a folder, or a PEFT adapter's id or folder (its base is found and loaded).
@@ -108,17 +118,20 @@ class FastLanguageModel:
         show()
         enable_cache()
         level(use_gradient_checkpointing)
-        if max_seq_length is not None and max_seq_length < 2:
+        if max_seq_length is not None and (type(max_seq_length) is not int or max_seq_length < 2):
             raise OptionError(
-                f"max_seq_length={max_seq_length}.", expected="at least 2.", fix="Choose, for example, 2048."
+                f"max_seq_length={max_seq_length!r}.",
+                expected="a whole number of at least 2.",
+                fix="Choose, for example, 2048.",
             )
-        folder = resolve(model_name, revision=revision, token=token)
+        find = functools.partial(resolve, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        folder = find(model_name, revision=revision)
         adapter, tokenizer_folder = None, folder
         if adapters.is_adapter(folder):
             _refuse_full_finetuning(full_finetuning, f"{folder} is an adapter.")
             adapter = adapters.read_config(folder)
             model_name, revision = adapter.base, adapter.revision
-            folder = _resolve_base(adapter, token)
+            folder = _find_base(adapter, find)
             if not (tokenizer_folder / "tokenizer.json").is_file():
                 tokenizer_folder = folder
         hf = read_config(folder, supported=FAMILIES)
@@ -130,8 +143,11 @@ class FastLanguageModel:
         base_lm = CausalLM(at_length(config, max_seq_length), compute_dtype=computed_dtype)
         adapted = None if adapter is None else adapters.read_weights(adapter, base_lm)
         causal_lm, lora, tables = adapted or (base_lm, None, {})
+        ends = read_ends(folder, hf)
         tokenizer = load_tokenizer(
-            tokenizer_folder, eos_token_id=_model_eos(folder, hf), vocab_size=causal_lm.config.vocab_size
+            tokenizer_folder,
+            eos_token_id=next(iter(ends), None),
+            vocab_size=causal_lm.config.vocab_size,
         )
         with Checkpoint(folder) as checkpoint:
             params = load_params(base_lm, checkpoint, dtype=kept_dtype, precision=precision)
@@ -148,9 +164,10 @@ class FastLanguageModel:
             revision=revision,
             max_seq_length=max_seq_length,
             gradient_checkpointing=use_gradient_checkpointing,
-            stop_ids=_stop_ids(folder, hf, tokenizer),
+            stop_ids=ends_with(ends, tokenizer),
             full_finetuning=full_finetuning,
             own_parts=frozenset(params if full_finetuning else tables),
+            cache_dir=cache_dir,
         )
         return model, tokenizer
 
@@ -282,9 +299,9 @@ def add_new_tokens(
     model.own_parts |= frozenset(grown)
 
 
-def _resolve_base(adapter: adapters.AdapterFolder, token: str | None) -> Path:
+def _find_base(adapter: adapters.AdapterFolder, find: Callable[..., Path]) -> Path:
     try:
-        return resolve(adapter.base, revision=adapter.revision, token=token)
+        return find(adapter.base, revision=adapter.revision)
     except ModelNotFoundError as error:
         raise ModelNotFoundError(
             f"{adapter.folder / 'adapter_config.json'} names {adapter.base!r} as its base model. {error.found}",
@@ -304,7 +321,7 @@ def base_of(causal_lm: CausalLM, params: Params) -> Params:
 def _fresh_adapter(model: LanguageModel, config: LoraConfig, key: jax.Array) -> Lora:
     if config.init_lora_weights != LOFTQ:
         return lora_init.init(model.params, config, model.module_names, key)
-    with Checkpoint(resolve(model.name_or_path, revision=model.revision)) as checkpoint:
+    with Checkpoint(model.original_folder()) as checkpoint:
         original = lambda module: checkpoint.read(f"{module}.weight")
         return lora_init.init(model.params, config, model.module_names, key, original)
 
@@ -347,20 +364,3 @@ def _refuse_full_finetuning(asked: bool, found: str) -> None:
             expected="a whole model in 16 or 32 bits: every weight is trained, as it is.",
             fix="Name the original model; merge an adapter first with save_pretrained_merged.",
         )
-
-
-def _stop_ids(folder: Path, hf: dict, tokenizer: Any) -> tuple[int, ...]:
-    """Every token that the model's files call an end: generation_config.json first, then the config, the tokenizer."""
-    found = [_named_ends(folder, hf), tokenizer.eos_token_id]
-    return tuple(dict.fromkeys(int(i) for ids in found if ids is not None for i in np.atleast_1d(ids)))
-
-
-def _named_ends(folder: Path, hf: dict) -> int | list[int] | None:
-    path = folder / "generation_config.json"
-    generation = json.loads(path.read_text()) if path.is_file() else {}
-    return generation.get("eos_token_id") or hf.get("eos_token_id")
-
-
-def _model_eos(folder: Path, hf: dict) -> int | None:
-    ends = _named_ends(folder, hf)
-    return None if ends is None else int(np.atleast_1d(ends)[0])

@@ -188,14 +188,33 @@ def test_a_dtype_that_is_none(good):
         FastLanguageModel.from_pretrained(good, dtype="int8")
 
 
-def test_a_length_that_is_none(good):
-    with fails(errors.OptionError, "max_seq_length=0"):
-        load(good, max_seq_length=0)
-
-
 def test_a_mistyped_option(good):
     with fails(errors.OptionError, "max_seq_lenght", "Did you mean 'max_seq_length'"):
         load(good, max_seq_lenght=128)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [1, null]}'])
+def test_generation_settings_that_cannot_be_read(broken, content):
+    (broken / "generation_config.json").write_text(content)
+    with fails(errors.ConfigError, str(broken)):
+        load(broken)
+
+
+@pytest.mark.parametrize("length", ["2048", 2048.0, True, 0, 1])
+def test_a_length_that_is_none(good, length):
+    with fails(errors.OptionError, "max_seq_length="):
+        load(good, max_seq_length=length)
+
+
+def test_other_libraries_names(good):
+    """What scripts pass by habit; our own models need no code of theirs."""
+    model, _ = FastLanguageModel.from_pretrained(
+        good, torch_dtype="float16", trust_remote_code=True, attn_implementation="flash_attention_2",
+        gpu_memory_utilization=0.6, max_lora_rank=32,
+    )  # fmt: skip
+    assert model.params["norm"]["weight"].dtype == "float16"
+    model, _ = FastLanguageModel.from_pretrained(good, dtype="auto")
+    assert model.params["norm"]["weight"].dtype == "float32"
 
 
 def test_an_option_that_is_not_here_yet(good):
