@@ -52,7 +52,6 @@ _LOAD_WITHOUT_EFFECT = {
 _LORA_WITHOUT_EFFECT = {
     "max_seq_length": ANY,
     "task_type": ANY,
-    "ensure_weight_tying": (None, False),
     "target_parameters": None,
     "offload_layers": None,
     "checkpoint_skip_layers": (0, None),
@@ -116,7 +115,8 @@ class FastLanguageModel:
         max_seq_length = max_seq_length or min(DEFAULT_LENGTH, config.max_position)
         causal_lm = CausalLM(at_length(config, max_seq_length))
         if adapter is not None:
-            causal_lm = dataclasses.replace(causal_lm, lora_config=adapter.config)
+            lora_config = adapter.config.on(tied=config.tie_word_embeddings)
+            causal_lm = dataclasses.replace(causal_lm, lora_config=lora_config)
         tokenizer = load_tokenizer(
             tokenizer_folder, eos_token_id=_model_eos(folder, hf), vocab_size=causal_lm.config.vocab_size
         )
@@ -124,7 +124,7 @@ class FastLanguageModel:
             params = load_params(causal_lm, checkpoint, dtype=compute_dtype(dtype), precision=precision)
         lora = None
         if adapter is not None:
-            lora = jax.tree.map(jnp.asarray, adapters.read_weights(adapter, causal_lm))
+            lora = jax.tree.map(jnp.asarray, adapters.read_weights(adapter, causal_lm, params))
             params = base_of(causal_lm, params)
         model = LanguageModel(
             causal_lm,
@@ -161,12 +161,14 @@ class FastLanguageModel:
         alpha_pattern: Mapping[str, float] | None = None,
         exclude_modules: Sequence[str] | str | None = None,
         use_dora: bool = False,
+        ensure_weight_tying: bool = False,
     ) -> LanguageModel:
         """The same base with a fresh adapter, which changes nothing until it is trained. Options are PEFT's, and
         `LoraConfig` documents them.
 
         As in Unsloth, `embed_tokens` and `lm_head` among a list of `target_modules` are trained whole, and
-        `finetune_last_n_layers` leaves the earlier layers alone."""
+        `finetune_last_n_layers` leaves the earlier layers alone. As in PEFT, a regular expression that matches those
+        two gives them low-rank adapters."""
         if not isinstance(model, LanguageModel):
             raise OptionError(
                 f"get_peft_model was given a {type(model).__name__}.",
@@ -197,8 +199,9 @@ class FastLanguageModel:
             use_dora=use_dora,
             bias=bias,
             modules_to_save=_names(modules_to_save),  # type: ignore[arg-type]
+            ensure_weight_tying=ensure_weight_tying,
             init_lora_weights=init_lora_weights,
-        )
+        ).on(tied=model.causal_lm.config.tie_word_embeddings)
         if model.lora is not None:
             if not config.continues(model.causal_lm.lora_config):
                 raise AdapterError(

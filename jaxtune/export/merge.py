@@ -15,11 +15,19 @@ import numpy as np
 
 from jaxtune.errors import AdapterError, CheckpointError
 from jaxtune.loading.checkpoint import Checkpoint
-from jaxtune.lora.config import EMBEDDING, HEAD, LOFTQ, PISSA, LoraConfig, ModuleNames
+from jaxtune.lora.config import (
+    EMBEDDING_PATH,
+    HEAD_PATH,
+    LOFTQ,
+    PISSA,
+    WHOLE_MODULES,
+    LoraConfig,
+    ModuleNames,
+)
 from jaxtune.lora.init import rest_of
 from jaxtune.lora.tree import Tree, layers
 
-HEAD_WEIGHT = f"{HEAD}.weight"
+EMBEDDING_WEIGHT, HEAD_WEIGHT = f"{EMBEDDING_PATH}.weight", f"{HEAD_PATH}.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +95,9 @@ class MergedCheckpoint:
                 fix="Save the adapter, and use it on the base in 4 bits.",
             )
         changes = dict(_changes(lora, config, module_names))
-        unties = tied and any(name in lora for name in (EMBEDDING, HEAD))
+        unties = tied and not config.ensure_weight_tying and any(name in lora for name in WHOLE_MODULES)
+        if config.ensure_weight_tying and EMBEDDING_WEIGHT in changes and HEAD_WEIGHT in checkpoint.names:
+            changes[HEAD_WEIGHT] = changes[EMBEDDING_WEIGHT]  # stored, though it is the embedding
         merged = cls(checkpoint, changes, unties)
         for name, change in changes.items():
             _require_fit(checkpoint, merged.origin(name), change.shape)
@@ -123,7 +133,7 @@ class MergedCheckpoint:
 
     def origin(self, name: str) -> str:
         """The tensor of the checkpoint that this one is made of: of a tied head, the embedding."""
-        return f"model.{EMBEDDING}.weight" if self.unties and name == HEAD_WEIGHT else name
+        return EMBEDDING_WEIGHT if self.unties and name == HEAD_WEIGHT else name
 
 
 def _changes(lora: Tree, config: LoraConfig, module_names: ModuleNames) -> Iterator[tuple[str, Change]]:

@@ -9,10 +9,9 @@ import numpy as np
 from jaxtune.errors import AdapterError, CheckpointError
 from jaxtune.loading.checkpoint import read_file
 from jaxtune.lora import peft_format
-from jaxtune.lora.config import LoraConfig
+from jaxtune.lora.config import EMBEDDING, LoraConfig
 from jaxtune.lora.tree import Tree
-from jaxtune.models import names
-from jaxtune.models.causal_lm import CausalLM
+from jaxtune.models.causal_lm import CausalLM, Params
 
 
 class AdapterFolder(NamedTuple):
@@ -47,8 +46,8 @@ def read_config(folder: Path) -> AdapterFolder:
     return AdapterFolder(folder, peft_format.from_peft_config(peft, str(path)), base, peft.get("revision"))
 
 
-def read_weights(adapter: AdapterFolder, model: CausalLM) -> Tree:
-    """The adapter's tree, float32 arrays on the host, stacked for `model`."""
+def read_weights(adapter: AdapterFolder, model: CausalLM, params: Params) -> Tree:
+    """The adapter's tree, float32 arrays on the host, stacked for `model`, whose base it must have been trained on."""
     path = adapter.folder / peft_format.WEIGHTS_FILE
     tensors = _read(path)
     broken = [name for name, tensor in tensors.items() if not np.isfinite(tensor.astype(np.float32)).all()]
@@ -58,9 +57,29 @@ def read_weights(adapter: AdapterFolder, model: CausalLM) -> Tree:
             expected="finite weights.",
             fix="Use an adapter from before its training diverged.",
         )
-    config = model.config
-    return peft_format.from_tensors(
-        tensors, adapter.config, model.skeleton, lambda path: names.hf_names(config, path), str(path)
+    config = model.lora_config
+    assert config is not None
+    for name, module in peft_format.copies_of_the_base(tensors, config).items():
+        base = params[module if module in params else EMBEDDING]["weight"]
+        _require_same(tensors.pop(name), np.asarray(base), name, path)
+    return peft_format.from_tensors(tensors, config, model.skeleton, model.module_names, str(path))
+
+
+def _require_same(copy: np.ndarray, base: np.ndarray, name: str, path: Path) -> None:
+    """Either may have been rounded to 16 bits."""
+    if copy.shape == base.shape:
+        ours, theirs = (one.astype(np.float32) for one in (base, copy))
+        if np.allclose(ours, theirs, rtol=2.0**-7, atol=1e-6):
+            return
+        found = "with values that are not its base model's"
+    else:
+        found = f"of shape {copy.shape}, where its base model has {base.shape}"
+    raise AdapterError(
+        f"{path} holds {name} {found}.",
+        expected="the weight of the base model, which PEFT writes beside an adapter of it: the adapter was trained on "
+        "another base, or one with tokens added.",
+        fix="Save that base with transformers, and name its folder as base_model_name_or_path in "
+        f"{peft_format.CONFIG_FILE}.",
     )
 
 

@@ -18,15 +18,14 @@ from jaxtune.kernels.linear_cross_entropy import reference
 CHUNK = 1024
 """Tokens whose logits are alive together: 0.5 GiB in float32 at a vocabulary of 128,256."""
 
-Parts = jax.Array | tuple[jax.Array, ...]
 
 NAME = "linear_cross_entropy"
 IMPLEMENTATIONS: Candidates = {"xla": None}
 
 
 def linear_cross_entropy(
-    x_TD: Parts,
-    w_VD: Parts,
+    x_TD: jax.Array | reference.Parts,
+    w_VD: jax.Array | reference.Parts,
     labels_T: jax.Array,
     *,
     scale: float = 1.0,
