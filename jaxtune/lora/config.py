@@ -155,9 +155,17 @@ class LoraConfig:
             targets = as_embedding(targets)
         elif selects(targets, HEAD_PATH) and not selects(targets, EMBEDDING_PATH):
             targets = f"{targets}|{re.escape(EMBEDDING_PATH)}"
-        return dataclasses.replace(
+        settings = dataclasses.replace(
             self, target_modules=targets, modules_to_save=as_embedding(self.modules_to_save)
         )
+        scales = [settings.scale_of(module) for module in (EMBEDDING_PATH, HEAD_PATH)]
+        if settings.targets(EMBEDDING_PATH) and scales[0] != scales[1]:
+            raise AdapterError(
+                f"ensure_weight_tying=True; patterns scale {EMBEDDING} by {scales[0]:g}, {HEAD} by {scales[1]:g}.",
+                expected="one rank and one alpha for both, which are one.",
+                fix=f"Give {EMBEDDING} and {HEAD} the same in rank_pattern and alpha_pattern.",
+            )
+        return settings
 
     def continues(self, other: "LoraConfig | None") -> bool:
         """Whether both mean the same once the adapter has begun."""

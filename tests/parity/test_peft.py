@@ -419,6 +419,12 @@ def test_one_adapter_for_both_has_the_gradient_of_both(still_tied):
     assert_close(gradient["embed_tokens"]["b"][0], b.numpy(), 1e-4)
 
 
+def test_one_adapter_for_both_has_one_scale(bases):
+    settings = {"target_modules": r".*embed_tokens", "alpha_pattern": {"embed_tokens": 4}}
+    with pytest.raises(AdapterError, match=r"scale embed_tokens by 0\.25, lm_head by 1"):
+        FastLanguageModel.get_peft_model(bases("tied")[1], ensure_weight_tying=True, **settings)
+
+
 def test_a_head_that_is_not_the_embedding_it_is_said_to_be(still_tied, tmp_path):
     folder = shutil.copytree(still_tied[0], tmp_path / "adapter")
     tensors = load_file(folder / "adapter_model.safetensors")
