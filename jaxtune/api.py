@@ -17,6 +17,7 @@ from jaxtune.loading import adapter as adapters
 from jaxtune.loading import new_tokens as new_token_rows
 from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.loading.config import read_config
+from jaxtune.loading.dtypes import dtypes
 from jaxtune.loading.hub import resolve
 from jaxtune.loading.load import load_params
 from jaxtune.loading.precision import choose_precision, require_known
@@ -25,6 +26,7 @@ from jaxtune.log import get_logger, show
 from jaxtune.lora import init as lora_init
 from jaxtune.lora import tree as lora_tree
 from jaxtune.lora.config import ALL_LINEAR, LOFTQ, PISSA, PROJECTIONS, WHOLE_MODULES, LoraConfig
+from jaxtune.lora.tables import unlike
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.models.context import at_length
 from jaxtune.models.families import FAMILIES
@@ -44,7 +46,6 @@ _LOAD_WITHOUT_EFFECT = {
     "use_exact_model_name": ANY,
     "random_state": ANY,
     "disable_log_stats": ANY,
-    "full_finetuning": False,
     "fast_inference": False,
     "rope_scaling": None,
     "resize_model_vocab": None,
@@ -74,6 +75,8 @@ class FastLanguageModel:
         load_in_16bit: bool = False,
         load_in_fp8: bool | str = False,
         quantization_config: Any = None,
+        full_finetuning: bool = False,
+        float32_mixed_precision: bool | None = None,
         token: str | None = None,
         revision: str | None = None,
         use_gradient_checkpointing: bool | str = "unsloth",
@@ -85,6 +88,10 @@ class FastLanguageModel:
         `load_in_4bit=False` (as they are, in `dtype`), or `quantization_config`, transformers' BitsAndBytesConfig or a
         dict of its names, for plain NF4 and FP4. A bitsandbytes checkpoint stays as it is.
 
+        `full_finetuning=True` is for training every weight instead of an adapter. They are kept in `dtype`, in bfloat16
+        rounded by chance as they are trained; or with `float32_mixed_precision=True` in float32, and computed with in
+        `dtype`.
+
         `dtype=None` is bfloat16 on a GPU, float32 on a CPU. `max_seq_length=None` is 2048, or what the model was
         trained for if that is less; beyond that, the rotary embedding of a model without scaling is stretched."""
         precision = choose_precision(
@@ -93,6 +100,10 @@ class FastLanguageModel:
             load_in_16bit=load_in_16bit,
             load_in_fp8=load_in_fp8,
             quantization_config=quantization_config,
+            full_finetuning=full_finetuning,
+        )
+        kept_dtype, computed_dtype = dtypes(
+            dtype, full_finetuning=full_finetuning, float32_mixed_precision=float32_mixed_precision
         )
         show()
         enable_cache()
@@ -104,6 +115,7 @@ class FastLanguageModel:
         folder = resolve(model_name, revision=revision, token=token)
         adapter, tokenizer_folder = None, folder
         if adapters.is_adapter(folder):
+            _refuse_full_finetuning(full_finetuning, f"{folder} is an adapter.")
             adapter = adapters.read_config(folder)
             model_name, revision = adapter.base, adapter.revision
             folder = _resolve_base(adapter, token)
@@ -111,20 +123,22 @@ class FastLanguageModel:
                 tokenizer_folder = folder
         hf = read_config(folder, supported=FAMILIES)
         require_known(hf, folder)
+        if hf.get("quantization_config"):
+            _refuse_full_finetuning(full_finetuning, f"{folder} holds quantised weights.")
         config = FAMILIES[hf["model_type"]](hf)
         max_seq_length = max_seq_length or min(DEFAULT_LENGTH, config.max_position)
-        causal_lm = CausalLM(at_length(config, max_seq_length))
-        if adapter is not None:
-            lora_config = adapter.config.on(tied=config.tie_word_embeddings)
-            causal_lm = dataclasses.replace(causal_lm, lora_config=lora_config)
+        base_lm = CausalLM(at_length(config, max_seq_length), compute_dtype=computed_dtype)
+        adapted = None if adapter is None else adapters.read_weights(adapter, base_lm)
+        causal_lm, lora, tables = adapted or (base_lm, None, {})
         tokenizer = load_tokenizer(
             tokenizer_folder, eos_token_id=_model_eos(folder, hf), vocab_size=causal_lm.config.vocab_size
         )
         with Checkpoint(folder) as checkpoint:
-            params = load_params(causal_lm, checkpoint, dtype=compute_dtype(dtype), precision=precision)
-        lora = None
+            params = load_params(base_lm, checkpoint, dtype=kept_dtype, precision=precision)
+        tables = unlike(tables, params)
+        params |= {name: {"weight": jnp.asarray(table, kept_dtype)} for name, table in tables.items()}
         if adapter is not None:
-            lora = jax.tree.map(jnp.asarray, adapters.read_weights(adapter, causal_lm, params))
+            lora = jax.tree.map(jnp.asarray, lora)
             params = base_of(causal_lm, params)
         model = LanguageModel(
             causal_lm,
@@ -136,6 +150,8 @@ class FastLanguageModel:
             max_seq_length=max_seq_length,
             gradient_checkpointing=use_gradient_checkpointing,
             stop_ids=_stop_ids(folder, hf, tokenizer),
+            full_finetuning=full_finetuning,
+            own_parts=frozenset(params if full_finetuning else tables),
         )
         return model, tokenizer
 
@@ -175,6 +191,11 @@ class FastLanguageModel:
                 expected="a LanguageModel.",
                 fix="from_pretrained returns two things: model, tokenizer = FastLanguageModel.from_pretrained(...).",
             )
+        if model.full_finetuning:
+            log.info(
+                "The model was loaded with full_finetuning=True: every weight is trained, without an adapter."
+            )
+            return model
         if model.causal_lm.config.fused_projections and set(target_modules) == set(PROJECTIONS):
             target_modules = FUSED_PROJECTIONS  # the seven names mean all of them
         _check_loftq(loftq_config)
@@ -257,11 +278,12 @@ def add_new_tokens(
     new_token_rows.require_method(method, interpolation)
     first = len(tokenizer)
     pieces = new_token_rows.add_to_tokenizer(tokenizer, new_tokens)
-    model.causal_lm, model.params = new_token_rows.grow(
+    model.causal_lm, grown = new_token_rows.grow(
         model.causal_lm, model.params, first, pieces,
         method=method, interpolation=interpolation, pad_to_multiple_of=pad_to_multiple_of,
     )  # fmt: skip
-    model.added_tokens += len(new_tokens)
+    model.params = {**model.params, **grown}
+    model.own_parts |= frozenset(grown)
 
 
 def _resolve_base(adapter: adapters.AdapterFolder, token: str | None) -> Path:
@@ -322,21 +344,13 @@ def _names(given: Sequence[str] | str | None) -> tuple[str, ...] | str | None:
     return given if given is None or isinstance(given, str) else tuple(given)
 
 
-def compute_dtype(dtype: Any) -> jnp.dtype:
-    """A name, a numpy, JAX or torch dtype, or None for this machine's best -> float32, bfloat16 or float16."""
-    if dtype is None:
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    try:
-        name = str(dtype).removeprefix("torch.") if "torch" in str(dtype) else jnp.dtype(dtype).name
-    except TypeError:
-        name = str(dtype)
-    if name not in ("float32", "bfloat16", "float16"):
+def _refuse_full_finetuning(asked: bool, found: str) -> None:
+    if asked:
         raise OptionError(
-            f"dtype={dtype!r}.",
-            expected="float32, bfloat16, float16 or None.",
-            fix="Leave dtype out for the default.",
+            f"full_finetuning=True, and {found}",
+            expected="a whole model in 16 or 32 bits: every weight is trained, as it is.",
+            fix="Name the original model; merge an adapter first with save_pretrained_merged.",
         )
-    return jnp.dtype(name)
 
 
 def _stop_ids(folder: Path, hf: dict, tokenizer: Any) -> tuple[int, ...]:

@@ -14,11 +14,12 @@ from jaxtune.errors import AdapterError, ModelNotFoundError, OptionError, neares
 from jaxtune.export.adapter import save_adapter
 from jaxtune.export.gguf.folder import check_methods, save_gguf
 from jaxtune.export.merged_folder import parse_size, save_merged_16bit
+from jaxtune.export.weights import Weight, own_weights
 from jaxtune.inference.generate import ends, generate
 from jaxtune.loading.hub import resolve
 from jaxtune.log import get_logger
 from jaxtune.lora import tree as lora_tree
-from jaxtune.lora.config import LoraConfig
+from jaxtune.lora.config import EMBEDDING, LoraConfig
 from jaxtune.models import names
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.options import ANY, mirrors
@@ -76,8 +77,11 @@ class LanguageModel:
     gradient_checkpointing: bool | str = "unsloth"
     stop_ids: tuple[int, ...] = ()
     """Tokens that end a generation."""
-    added_tokens: int = 0
-    """Tokens that the original checkpoint has no rows for; see `add_new_tokens`."""
+    full_finetuning: bool = False
+    """Whether a trainer trains `params` themselves, instead of an adapter."""
+    own_parts: frozenset[str] = frozenset()
+    """The parts of `params` that are not the original checkpoint's: all after full fine-tuning, the embedding and an
+    untied head after `add_new_tokens`. What is saved takes them from here."""
 
     def apply(self, params: Params, lora: Lora | None, tokens: jax.Array, **where: jax.Array) -> jax.Array:
         """Logits [B, T, V] in float32, as a pure function; `lora=None` is the base model. See `CausalLM.apply`."""
@@ -136,13 +140,15 @@ class LanguageModel:
 
     @mirrors({"safe_serialization": True, "push_to_hub": False})
     def save_pretrained(self, save_directory: str | Path, tokenizer: Any = None) -> None:
-        """Writes the adapter as a PEFT folder (and the tokenizer, if given)."""
-        self._refuse_added_tokens()
+        """Writes the adapter as a PEFT folder (and the tokenizer, if given); of a fully fine-tuned model, all of it."""
+        if self.full_finetuning:
+            self.save_pretrained_merged(save_directory, tokenizer)
+            return
         if self.lora is None or self.causal_lm.lora_config is None:
             raise AdapterError(
                 "This model has no adapter to save.",
                 expected="a model that went through get_peft_model.",
-                fix="Call FastLanguageModel.get_peft_model first.",
+                fix="Call FastLanguageModel.get_peft_model first, or save_pretrained_merged for the whole model.",
             )
         save_adapter(
             save_directory,
@@ -151,7 +157,8 @@ class LanguageModel:
             self.module_names,
             base=self.name_or_path,
             revision=self.revision,
-            tokenizer=tokenizer,
+            tokenizer=self._saved_tokenizer(tokenizer),
+            tables={name: np.asarray(self.params[name]["weight"]) for name in self.own_parts},
         )
 
     @mirrors(_MERGE_WITHOUT_EFFECT)
@@ -166,6 +173,12 @@ class LanguageModel:
         """Writes the original weights with the adapter merged in, as a Hugging Face folder; `save_method="lora"` writes
         the adapter alone. What a 4-bit model was trained on differs from its merge by NF4's error."""
         if save_method == "lora":
+            if self.full_finetuning:
+                raise AdapterError(
+                    "save_method='lora' of a model that was loaded with full_finetuning=True.",
+                    expected="a model with an adapter: this one is trained whole.",
+                    fix="Leave save_method out.",
+                )
             self.save_pretrained(save_directory, tokenizer)
             return
         if save_method != "merged_16bit":
@@ -175,13 +188,13 @@ class LanguageModel:
                 fix=f"Leave save_method out.{nearest(str(save_method), ('merged_16bit', 'lora'))}",
             )
         parse_size(max_shard_size)
-        self._refuse_added_tokens()
         save_merged_16bit(
             save_directory,
             self._original(token),
             *self._adapter,
+            own=self._own_weights,
             config=self.causal_lm.config,
-            tokenizer=tokenizer,
+            tokenizer=self._saved_tokenizer(tokenizer),
             max_shard_size=max_shard_size,
         )
 
@@ -196,7 +209,6 @@ class LanguageModel:
         """Writes `<save_directory>_gguf/`: the merged model as GGUF, a file for each of f32, f16, bf16, q8_0 that was
         asked for, and a Modelfile for Ollama. `tokenizer=None` is the one that was loaded with the model."""
         check_methods(quantization_method)
-        self._refuse_added_tokens()
         return save_gguf(
             save_directory,
             self._original(token),
@@ -205,6 +217,7 @@ class LanguageModel:
             tokenizer=self.tokenizer if tokenizer is None else tokenizer,
             name=self.name_or_path,
             quantization_method=quantization_method,
+            own=self._own_weights,
         )
 
     def _original(self, token: str | None) -> Path:
@@ -224,36 +237,36 @@ class LanguageModel:
     def _adapter(self) -> tuple[Lora | None, LoraConfig | None, Callable[[names.Path], list[str]]]:
         return self.lora, self.causal_lm.lora_config, self.module_names
 
+    @property
+    def _own_weights(self) -> dict[str, Weight]:
+        return own_weights(self.causal_lm.config, self.params, self.own_parts)
+
+    def _saved_tokenizer(self, given: Any) -> Any:
+        """An embedding of its own may have new tokens, which the original's tokenizer lacks."""
+        return self.tokenizer if given is None and EMBEDDING in self.own_parts else given
+
     def module_names(self, path: names.Path) -> list[str]:
         """The Hugging Face name of each repeat of a stacked module."""
         return self.causal_lm.module_names(path)
 
     def print_trainable_parameters(self) -> None:
-        config, trained, biases = self.causal_lm.lora_config, 0, 0
-        if self.lora is not None and config is not None:
+        base = sum(leaf.size for leaf in jax.tree.leaves(self.causal_lm.skeleton))
+        config, trained, total = self.causal_lm.lora_config, 0, base
+        if self.full_finetuning:
+            trained = base
+        elif self.lora is not None and config is not None:
             trained = lora_tree.count(self.lora, config, self.module_names)
             adapted = lora_tree.layers(self.lora, config, self.module_names)
-            biases = sum(
-                leaves["bias"].size for _, leaves in adapted if "bias" in leaves
-            )  # the base's, trained
-        base = sum(leaf.size for leaf in jax.tree.leaves(self.causal_lm.skeleton)) - biases
-        total = base + trained
+            biases_of_the_base = sum(leaves["bias"].size for _, leaves in adapted if "bias" in leaves)
+            total = base - biases_of_the_base + trained
         print(
             f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"
         )
 
-    def _refuse_added_tokens(self) -> None:
-        """What is saved names or starts from the original checkpoint, which would lose their rows."""
-        if self.added_tokens:
-            raise OptionError(
-                f"This model has {self.added_tokens} added tokens, which cannot be saved yet.",
-                expected="a model with the vocabulary of its checkpoint.",
-                fix="Keep model.params yourself, or use tokens that the vocabulary holds unused.",
-            )
-
     def __repr__(self) -> str:
         c, lora = self.causal_lm.config, self.causal_lm.lora_config
         adapter = "no adapter" if self.lora is None else f"adapter of rank {lora.r if lora else '?'}"
+        adapter = "trained whole" if self.full_finetuning else adapter
         return (
             f"LanguageModel({self.name_or_path!r}, {c.num_layers} layers of width {c.hidden_size}, {adapter})"
         )

@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 from jaxtune.folders import staged
 from jaxtune.lora import peft_format
 from jaxtune.lora.config import LoraConfig, ModuleNames
+from jaxtune.lora.tables import Tables, table_names
 from jaxtune.lora.tree import Tree
 
 
@@ -21,9 +22,13 @@ def save_adapter(
     base: str,
     revision: str | None = None,
     tokenizer: Any = None,
+    tables: Tables | None = None,
 ) -> None:
+    """`tables` are the base's, where they are not the original's."""
     with staged(folder, marker=peft_format.CONFIG_FILE) as stage:
         tensors = dict(peft_format.to_tensors(adapter, config, module_names))
+        table_name = table_names(config, module_names)
+        tensors |= {table_name[name]: table for name, table in (tables or {}).items()}
         save_file(tensors, stage / peft_format.WEIGHTS_FILE, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)

@@ -2,13 +2,11 @@
 (or int8) without quantising anything again. Codes and scales are written as they are; only nibbles change places.
 """
 
-import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxtune.errors import UnsupportedModelError
@@ -24,10 +22,10 @@ from jaxtune.export.merged_folder import (
     parse_size,
 )
 from jaxtune.export.safetensors_stream import Entry, write_safetensors
+from jaxtune.export.weights import Weight, weights
 from jaxtune.folders import staged
 from jaxtune.kernels.nf4 import layout
 from jaxtune.loading.config import CONFIG_FILE
-from jaxtune.models import names
 from jaxtune.models.causal_lm import CausalLM, Params
 from jaxtune.quant import Format, FourBit, FourBitArray, Int8Array, PackedArray
 
@@ -49,22 +47,12 @@ def save_bnb(
     formats: set[Format] = set()
     kept: list[str] = []
     tensors: Tensors = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(
-        params, is_leaf=lambda x: isinstance(x, PackedArray)
-    ):
-        path = names.keys(path)
-        for i, name in enumerate(names.hf_names(model.config, path)):
-            one = (
-                functools.partial(_repeat, leaf, i)
-                if names.is_stacked(path)
-                else functools.partial(_whole, leaf)
-            )
-            shape = leaf.shape[1:] if names.is_stacked(path) else leaf.shape
-            tensors |= {entry.name: (entry, read) for entry, read in _tensors(name, shape, leaf, one)}
-            if isinstance(leaf, PackedArray):
-                formats.add(leaf.format)
-            elif names.is_stacked(path) and len(leaf.shape) == 3:
-                kept.append(name.removesuffix(".weight"))
+    for name, weight in weights(model.config, params):
+        tensors |= {entry.name: (entry, read) for entry, read in _tensors(name, weight)}
+        if isinstance(weight.leaf, PackedArray):
+            formats.add(weight.leaf.format)
+        elif name.startswith("model.layers.") and len(weight.shape) == 2:
+            kept.append(name.removesuffix(".weight"))
     _refuse_other_models(folder, base)
     shards = _shards([entry for entry, _ in tensors.values()], limit)
     with staged(folder, marker=CONFIG_FILE, replaces=EARLIER) as stage:
@@ -109,10 +97,9 @@ def quantization_config(formats: set[Format], dtype: np.dtype, kept: list[str]) 
     }
 
 
-def _tensors(
-    name: str, shape: tuple[int, ...], leaf: Any, one: Callable[[], Any]
-) -> Iterator[tuple[Entry, Callable[[], np.ndarray]]]:
-    """The tensors of one weight; `one()` fetches it to the host when it is written."""
+def _tensors(name: str, weight: Weight) -> Iterator[tuple[Entry, Callable[[], np.ndarray]]]:
+    """The tensors of one weight, each with what fetches it to the host when it is written."""
+    leaf, one = weight.leaf, weight.fetch
     if isinstance(leaf, FourBitArray):
         yield from _four_bit(name, leaf, one)
     elif isinstance(leaf, Int8Array):
@@ -127,7 +114,7 @@ def _tensors(
             fix="Load the model with load_in_4bit or load_in_8bit.",
         )
     else:
-        yield Entry(name, shape, np.dtype(leaf.dtype)), lambda: np.asarray(one())
+        yield Entry(name, weight.shape, np.dtype(leaf.dtype)), lambda: np.asarray(one())
 
 
 def _four_bit(
@@ -163,14 +150,6 @@ def _four_bit(
         }
     text = np.frombuffer(json.dumps(state).encode(), np.uint8)
     yield entry(f".quant_state.bitsandbytes__{leaf.values}", text.shape, np.uint8), lambda: text
-
-
-def _repeat(stack: Any, i: int) -> Any:
-    return jax.tree.map(lambda array: array[i], stack)
-
-
-def _whole(leaf: Any) -> Any:
-    return leaf
 
 
 def _shards(entries: list[Entry], limit: int) -> dict[str, list[Entry]]:

@@ -1,5 +1,6 @@
-"""The merge itself: a checkpoint seen through an adapter, one tensor at a time: W + s B A, with DoRA each row at its
-trained length, and what was trained whole (biases, embedding, head) in place of the checkpoint's.
+"""The merge itself: a checkpoint seen through what was trained, one tensor at a time: W + s B A, with DoRA each row at
+its trained length; what an adapter trained whole (biases, embedding, head) in place of the checkpoint's; and the
+model's own weights, after full fine-tuning or with added tokens.
 
 The sum is formed in float32 and rounded once, to the dtype in which the checkpoint stores the tensor. What the adapter
 does not touch is the checkpoint's own bytes. The base is always the original checkpoint, never the packed weights that
@@ -14,20 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.errors import AdapterError, CheckpointError
+from jaxtune.export.weights import Weight
 from jaxtune.loading.checkpoint import Checkpoint
-from jaxtune.lora.config import (
-    EMBEDDING_PATH,
-    HEAD_PATH,
-    LOFTQ,
-    PISSA,
-    WHOLE_MODULES,
-    LoraConfig,
-    ModuleNames,
-)
+from jaxtune.lora import config as lora_config
+from jaxtune.lora.config import LOFTQ, PISSA, LoraConfig, ModuleNames
 from jaxtune.lora.init import rest_of
 from jaxtune.lora.tree import Tree, layers
 
-EMBEDDING_WEIGHT, HEAD_WEIGHT = f"{EMBEDDING_PATH}.weight", f"{HEAD_PATH}.weight"
+EMBEDDING_WEIGHT, HEAD_WEIGHT = f"{lora_config.EMBEDDING_PATH}.weight", f"{lora_config.HEAD_PATH}.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +66,8 @@ class MergedCheckpoint:
     checkpoint: Checkpoint
     changes: Mapping[str, Change]
     """By the tensor's name."""
+    own: Mapping[str, Weight] = dataclasses.field(default_factory=dict)
+    """What the model holds otherwise than the checkpoint, an adapter aside."""
     unties: bool = False
     """Whether embedding and head, tied in the checkpoint, no longer are."""
 
@@ -82,12 +79,14 @@ class MergedCheckpoint:
         config: LoraConfig | None,
         module_names: ModuleNames,
         *,
+        own: Mapping[str, Weight] | None = None,
         tied: bool = False,
     ) -> Self:
-        """`lora=None` gives the checkpoint as it is; `tied` says whether its head is the embedding. Everything that can
-        be checked without reading weights is."""
+        """Without `lora` and `own` it is the checkpoint as it is; `tied` says whether its head is the embedding.
+        Everything that can be checked without reading weights is."""
+        own = own or {}
         if lora is None or config is None:
-            return cls(checkpoint, {})
+            return cls(checkpoint, {}, own)
         if config.init_lora_weights == LOFTQ:
             raise AdapterError(
                 "A merge of an adapter that began with init_lora_weights='loftq'.",
@@ -95,12 +94,16 @@ class MergedCheckpoint:
                 fix="Save the adapter, and use it on the base in 4 bits.",
             )
         changes = dict(_changes(lora, config, module_names))
-        unties = tied and not config.ensure_weight_tying and any(name in lora for name in WHOLE_MODULES)
+        unties = (
+            tied
+            and not config.ensure_weight_tying
+            and any(name in lora for name in lora_config.WHOLE_MODULES)
+        )
         if config.ensure_weight_tying and EMBEDDING_WEIGHT in changes and HEAD_WEIGHT in checkpoint.names:
             changes[HEAD_WEIGHT] = changes[EMBEDDING_WEIGHT]  # stored, though it is the embedding
-        merged = cls(checkpoint, changes, unties)
+        merged = cls(checkpoint, changes, own, unties)
         for name, change in changes.items():
-            _require_fit(checkpoint, merged.origin(name), change.shape)
+            _require_fit(merged, merged.origin(name), change.shape)
         return merged
 
     @property
@@ -109,25 +112,31 @@ class MergedCheckpoint:
         return [*self.checkpoint.names, *extra]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.checkpoint.shape(self.origin(name))
+        origin = self.origin(name)
+        return self.own[origin].shape if origin in self.own else self.checkpoint.shape(origin)
 
     def dtype(self, name: str) -> np.dtype:
         return self.checkpoint.dtype(self.origin(name))
 
     def read(self, name: str) -> np.ndarray:
         """The merged tensor: a view into the file where nothing is changed."""
-        weight = self.checkpoint.read(self.origin(name))
-        if name not in self.changes:
-            return weight
-        change = self.changes[name]
+        origin, dtype = self.origin(name), self.dtype(name)
+        if name not in self.changes and origin not in self.own:
+            return self.checkpoint.read(origin)
+        change = self.changes.get(name)
         with np.errstate(over="ignore", invalid="ignore"):  # reported below, with the tensor's name
-            merged = change.of(weight) if isinstance(change, Update) else change
-            rounded = merged.astype(weight.dtype)
+            if isinstance(change, np.ndarray):
+                merged = change
+            else:
+                own = self.own.get(origin)
+                merged = self.checkpoint.read(origin) if own is None else np.asarray(own.fetch())
+                merged = merged if change is None else change.of(merged)
+            rounded = merged.astype(dtype)
         if not np.isfinite(rounded).all():
             raise AdapterError(
-                f"Merging the adapter into {name} gives values that {weight.dtype} cannot hold.",
+                f"What was trained makes {name} hold values that {dtype} cannot hold.",
                 expected="finite weights.",
-                fix="Use an adapter from before its training diverged.",
+                fix="Use a state from before its training diverged.",
             )
         return rounded
 
@@ -146,11 +155,11 @@ def _changes(lora: Tree, config: LoraConfig, module_names: ModuleNames) -> Itera
                 yield f"{module}.{name}", host[name]
 
 
-def _require_fit(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
-    if checkpoint.shape(name) != shape:
+def _require_fit(merged: MergedCheckpoint, name: str, shape: tuple[int, ...]) -> None:
+    checkpoint = merged.checkpoint
+    if merged.shape(name) != shape:
         raise AdapterError(
-            f"The adapter changes {name} as {shape}; {checkpoint.folder} holds it as "
-            f"{checkpoint.shape(name)}.",
+            f"The adapter changes {name} as {shape}; {checkpoint.folder} holds it as {merged.shape(name)}.",
             expected="the checkpoint that the adapter was trained on.",
             fix="Merge into that base model.",
         )

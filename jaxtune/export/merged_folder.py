@@ -6,7 +6,7 @@ It appears whole or not at all. Of the original's files that a merge leaves alon
 import collections
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from jaxtune.errors import OptionError, OutputFolderError
 from jaxtune.export.merge import MergedCheckpoint
 from jaxtune.export.safetensors_stream import Entry, write_safetensors
+from jaxtune.export.weights import Weight
 from jaxtune.folders import staged
 from jaxtune.loading.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from jaxtune.loading.config import CONFIG_FILE, read_config
@@ -45,19 +46,22 @@ def save_merged_16bit(
     lora_config: LoraConfig | None,
     module_names: ModuleNames,
     *,
+    own: Mapping[str, Weight] | None = None,
     config: ModelConfig | None = None,
     tokenizer: Any = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Writes `base` (the original checkpoint's folder) with the adapter merged in.
+    """Writes `base` (the original checkpoint's folder) with the adapter merged in, and the model's own weights.
 
     Shards are the original's, names and all, unless one is larger than `max_shard_size`. `tokenizer=None` copies the
     original's files; a given one is saved as it is, with the chat template that it was trained with. If `config` is
-    the original's stretched to longer sequences, config.json says so."""
+    the original's stretched to longer sequences, or with more tokens, config.json says so."""
     folder, limit = Path(folder), parse_size(max_shard_size)
     with Checkpoint(base) as checkpoint:
         _refuse_other_models(folder, base)
-        merged = MergedCheckpoint.of(checkpoint, lora, lora_config, module_names, tied=_is_tied(base))
+        merged = MergedCheckpoint.of(
+            checkpoint, lora, lora_config, module_names, own=own, tied=_is_tied(base)
+        )
         shards = _shards(merged, limit)
         with staged(folder, marker=CONFIG_FILE, replaces=EARLIER) as stage:
             for file, entries in shards.items():

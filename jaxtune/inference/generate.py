@@ -62,8 +62,7 @@ def generate(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(model, greedy, N, limit, params, lora, tokens_BP, mask_BP, stop_ids, temperature, key):
     B, P = tokens_BP.shape
-    dtype = params["embed_tokens"]["weight"].dtype
-    cache = KVCache.empty(model.config, B, P + N, dtype)
+    cache = KVCache.empty(model.config, B, P + N, model.dtype(params))
     counted_BP = jnp.cumsum(mask_BP, axis=1, dtype=jnp.int32)
     positions_BP, prompt_length_B = jnp.maximum(counted_BP - 1, 0), counted_BP[:, -1]
     hidden, cache = model.hidden(

@@ -1,5 +1,6 @@
 """Reads a PEFT adapter folder."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,9 +10,10 @@ import numpy as np
 from jaxtune.errors import AdapterError, CheckpointError
 from jaxtune.loading.checkpoint import read_file
 from jaxtune.lora import peft_format
-from jaxtune.lora.config import EMBEDDING, LoraConfig
+from jaxtune.lora.config import LoraConfig
+from jaxtune.lora.tables import Tables, take_tables
 from jaxtune.lora.tree import Tree
-from jaxtune.models.causal_lm import CausalLM, Params
+from jaxtune.models.causal_lm import CausalLM
 
 
 class AdapterFolder(NamedTuple):
@@ -46,8 +48,18 @@ def read_config(folder: Path) -> AdapterFolder:
     return AdapterFolder(folder, peft_format.from_peft_config(peft, str(path)), base, peft.get("revision"))
 
 
-def read_weights(adapter: AdapterFolder, model: CausalLM, params: Params) -> Tree:
-    """The adapter's tree, float32 arrays on the host, stacked for `model`, whose base it must have been trained on."""
+class Adapted(NamedTuple):
+    """A model as an adapter has it, and what the adapter's folder holds, on the host."""
+
+    model: CausalLM
+    """With the adapter's settings, and with as many tokens as its tables have rows."""
+    lora: Tree
+    """float32, stacked for `model`."""
+    tables: Tables
+    """Of a base that is not quite the original: its embedding and head, where tokens were added."""
+
+
+def read_weights(adapter: AdapterFolder, base: CausalLM) -> Adapted:
     path = adapter.folder / peft_format.WEIGHTS_FILE
     tensors = _read(path)
     broken = [name for name, tensor in tensors.items() if not np.isfinite(tensor.astype(np.float32)).all()]
@@ -57,30 +69,16 @@ def read_weights(adapter: AdapterFolder, model: CausalLM, params: Params) -> Tre
             expected="finite weights.",
             fix="Use an adapter from before its training diverged.",
         )
-    config = model.lora_config
-    assert config is not None
-    for name, module in peft_format.copies_of_the_base(tensors, config).items():
-        base = params[module if module in params else EMBEDDING]["weight"]
-        _require_same(tensors.pop(name), np.asarray(base), name, path)
-    return peft_format.from_tensors(tensors, config, model.skeleton, model.module_names, str(path))
-
-
-def _require_same(copy: np.ndarray, base: np.ndarray, name: str, path: Path) -> None:
-    """Either may have been rounded to 16 bits."""
-    if copy.shape == base.shape:
-        ours, theirs = (one.astype(np.float32) for one in (base, copy))
-        if np.allclose(ours, theirs, rtol=2.0**-7, atol=1e-6):
-            return
-        found = "with values that are not its base model's"
-    else:
-        found = f"of shape {copy.shape}, where its base model has {base.shape}"
-    raise AdapterError(
-        f"{path} holds {name} {found}.",
-        expected="the weight of the base model, which PEFT writes beside an adapter of it: the adapter was trained on "
-        "another base, or one with tokens added.",
-        fix="Save that base with transformers, and name its folder as base_model_name_or_path in "
-        f"{peft_format.CONFIG_FILE}.",
-    )
+    c = base.config
+    settings = adapter.config.on(tied=c.tie_word_embeddings)
+    tables, rows = take_tables(
+        tensors, settings, base.module_names, (c.vocab_size, c.hidden_size), str(path),
+        tied=c.tie_word_embeddings,
+    )  # fmt: skip
+    config = dataclasses.replace(c, vocab_size=rows)
+    model = dataclasses.replace(base, config=config, lora_config=settings)
+    lora = peft_format.from_tensors(tensors, settings, model.skeleton, model.module_names, str(path))
+    return Adapted(model, lora, tables)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

@@ -59,8 +59,8 @@ def grow(
     interpolation: float = 0.5,
     pad_to_multiple_of: int | None = None,
 ) -> tuple[CausalLM, Params]:
-    """The model with a row for each of the tokens `first`, `first + 1`, ...; rows that a checkpoint left over are used
-    before new ones are made. Nothing that was given is changed."""
+    """The model with a row for each of the tokens `first`, `first + 1`, ..., and the parts of `params` that have them;
+    rows that a checkpoint left over are used before new ones are made. Nothing that was given is changed."""
     rows = max(causal_lm.config.vocab_size, first + len(pieces))
     rows += -rows % (pad_to_multiple_of or 1)
     names = ["embed_tokens"] if causal_lm.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
@@ -70,7 +70,7 @@ def grow(
         for name in names
     }
     config = dataclasses.replace(causal_lm.config, vocab_size=rows)
-    return dataclasses.replace(causal_lm, config=config), {**params, **grown}
+    return dataclasses.replace(causal_lm, config=config), grown
 
 
 def _grow(

@@ -19,21 +19,25 @@ def choose_precision(
     load_in_16bit: bool = False,
     load_in_fp8: bool | str = False,
     quantization_config: Any = None,
+    full_finetuning: bool = False,
 ) -> Format | None:
-    """The one precision that was asked for; None if none was: the checkpoint's own, or NF4."""
+    """The one precision that was asked for; None if none was: the checkpoint's own, or NF4. Weights that are all to be
+    trained are not packed."""
     asked: dict[str, Format] = {}
+    if full_finetuning:
+        asked["full_finetuning=True"] = Unpacked()
     if load_in_4bit:
         asked["load_in_4bit=True"] = FourBit()
     if load_in_8bit:
         asked["load_in_8bit=True"] = Int8()
-    if load_in_16bit:
+    if load_in_16bit and not full_finetuning:  # which says the same, only less
         asked["load_in_16bit=True"] = Unpacked()
     if load_in_fp8:
         asked[f"load_in_fp8={load_in_fp8!r}"] = _float8(load_in_fp8)
     if quantization_config is not None:
         asked["quantization_config"] = _from_config(quantization_config)
         if asked["quantization_config"].bits == 4:
-            asked.pop("load_in_4bit=True", None)  # which says the same, only less
+            asked.pop("load_in_4bit=True", None)  # likewise
     if len(asked) > 1:
         raise OptionError(
             f"from_pretrained was given {' and '.join(asked)}.",

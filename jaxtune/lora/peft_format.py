@@ -17,7 +17,7 @@ from jaxtune.lora.tree import Tree, adaptable, at, cut, insert, layers
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector", "weight": "weight"}
 _TURNED = {"a": "lora_embedding_B", "b": "lora_embedding_A"}
 """Of the embedding."""
@@ -62,7 +62,7 @@ def tensor_name(module: str, leaf: str, *, adapted: bool = True) -> str:
     """A bias stays with its linear, which PEFT wraps where there is an adapter."""
     suffixes = {**_SUFFIXES, **_TURNED} if module == EMBEDDING_PATH else _SUFFIXES
     suffix = suffixes.get(leaf) or ("base_layer.bias" if adapted else "bias")
-    return f"{_PREFIX}{module}.{suffix}"
+    return f"{PREFIX}{module}.{suffix}"
 
 
 def to_peft_config(config: LoraConfig, base: str, revision: str | None) -> dict[str, Any]:
@@ -219,19 +219,6 @@ def from_tensors(
             fix="Check that the adapter was trained on this architecture.",
         )
     return adapter
-
-
-def copies_of_the_base(tensors: dict[str, np.ndarray], config: LoraConfig) -> dict[str, str]:
-    """What PEFT adds of the base's own weights, as soon as embedding or head have an adapter or another size: the
-    tensor's name -> the module's."""
-    found: dict[str, str] = {}
-    for module in (EMBEDDING_PATH, HEAD_PATH):
-        name = module.rpartition(".")[2]
-        copies = [f"{_PREFIX}{module}.base_layer.weight"]
-        if name not in config.modules_to_save and not config.ensure_weight_tying:
-            copies.append(tensor_name(module, "weight"))
-        found |= {copy: name for copy in copies if copy in tensors}
-    return found
 
 
 def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], source: str) -> np.ndarray:

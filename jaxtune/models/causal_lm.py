@@ -35,6 +35,8 @@ def _define(config: ModelConfig) -> tuple[Any, dict[str, Any]]:
 class CausalLM:
     config: ModelConfig
     lora_config: LoraConfig | None = None
+    compute_dtype: str | None = None
+    """What is computed in; None is the dtype that the embedding is kept in."""
 
     @property
     def skeleton(self) -> Params:
@@ -73,7 +75,11 @@ class CausalLM:
                 )
             lora = with_settings(lora, self.lora_config, self.module_names, dropout_key)
         decoder = nnx.merge(_define(self.config)[0], params)
-        return decoder(tokens_BT, segments_BT, positions_BT, lora, cache, remat)
+        return decoder(tokens_BT, segments_BT, positions_BT, lora, cache, remat, self.dtype(params))
+
+    def dtype(self, params: Params) -> jnp.dtype:
+        """Of hidden states, and of a cache."""
+        return jnp.dtype(self.compute_dtype or params["embed_tokens"]["weight"].dtype)
 
     def module_names(self, path: names.Path) -> list[str]:
         """The Hugging Face name of each repeat of a stacked module."""

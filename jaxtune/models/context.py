@@ -44,7 +44,10 @@ def at_length(c: ModelConfig, length: int) -> ModelConfig:
 
 
 def as_hf(settings: dict[str, Any], c: ModelConfig) -> dict[str, Any]:
-    """The settings of the model's config.json, for the model as it was stretched: what was trained is what is said."""
+    """The settings of the model's config.json, for the model as it was stretched, in its length or its vocabulary: what
+    was trained is what is said."""
+    if settings["vocab_size"] != c.vocab_size:
+        settings = {**settings, "vocab_size": c.vocab_size}
     stretched = [rope for rope in c.ropes if rope.kind == "linear" and rope.original_max_position]
     if not stretched:
         return settings

@@ -45,8 +45,10 @@ class Decoder(nnx.Module):
         lora: Any = None,
         cache: KVCache | None = None,
         remat: Remat | None = None,
+        dtype: Any = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Hidden states [B, T, M] after the final norm, and the cache with these tokens in it."""
+        """Hidden states [B, T, M] after the final norm, and the cache with these tokens in it. `dtype` is computed in;
+        None is the embedding's."""
         column = None if cache is None else cache.used
         if cache is not None:
             cache = cache.add_columns(segments_BT, positions_BT)
@@ -58,14 +60,15 @@ class Decoder(nnx.Module):
             tuple(rope.tables(positions_BT, np.asarray(f, np.float32), factor) for f, factor in self.ropes),
             column,
         )
-        x_BTM = self.embed(tokens_BT, part(lora, "embed_tokens"))
+        x_BTM = self.embed(tokens_BT, part(lora, "embed_tokens"), dtype)
         for s, blocks in enumerate(self.layers):
             adapters = [part(part(part(lora, "layers"), s), p) for p in range(len(blocks))]
             x_BTM, cache = _scan(list(blocks), adapters, x_BTM, where, cache, s, remat)
         return self.norm(x_BTM), cache
 
-    def embed(self, tokens_BT: jax.Array, lora: Any = None) -> jax.Array:
+    def embed(self, tokens_BT: jax.Array, lora: Any = None, dtype: Any = None) -> jax.Array:
         x_BTM = self.embed_tokens(tokens_BT, lora)
+        x_BTM = x_BTM if dtype is None else x_BTM.astype(dtype)
         multiplier = jnp.asarray(self.embedding_multiplier, x_BTM.dtype)
         return x_BTM if self.embedding_multiplier == 1 else x_BTM * multiplier
 

@@ -67,10 +67,29 @@ class Embedding(nnx.Module):
     def __call__(self, tokens, lora=None):
         weight = self.weight.get_value()
         if lora is None:
-            return weight[tokens]
+            return rows(weight, tokens)
         if "weight" in lora:
             return lora["weight"][tokens].astype(weight.dtype)
         return lora_apply.lookup(weight, tokens, of_one(lora))
+
+
+@jax.custom_vjp
+def rows(table_VM: jax.Array, tokens: jax.Array) -> jax.Array:
+    """table[tokens], of which a frequent token's gradient is summed in float32, whatever the table is kept in."""
+    return table_VM[tokens]
+
+
+def _rows_forward(table_VM, tokens):
+    return table_VM[tokens], (tokens, table_VM)
+
+
+def _rows_backward(kept, dx):
+    tokens, table_VM = kept
+    zeros_VM = jnp.zeros(table_VM.shape, jnp.float32)
+    return zeros_VM.at[tokens].add(dx.astype(jnp.float32)).astype(table_VM.dtype), None
+
+
+rows.defvjp(_rows_forward, _rows_backward)
 
 
 class RMSNorm(nnx.Module):

@@ -19,6 +19,7 @@ from jaxtune.errors import OptionError
 from jaxtune.inference.generate import ends
 from jaxtune.log import get_logger
 from jaxtune.lora.config import PISSA
+from jaxtune.models.causal_lm import Params
 from jaxtune.options import mirrors
 from jaxtune.rl import completions
 from jaxtune.rl.config import GRPOConfig
@@ -58,7 +59,8 @@ class Judgement(NamedTuple):
     }
 )
 class GRPOTrainer(Trainer):
-    """Tokenises the prompts when it is made; `train()` runs it and leaves the trained adapter in `model.lora`.
+    """Tokenises the prompts when it is made; `train()` runs it and leaves the trained adapter in `model.lora`, or with
+    full fine-tuning the trained weights in `model.params`.
 
     `reward_funcs` is one function or several (see `rl.rewards`); `log_history` is every logged step's numbers."""
 
@@ -119,11 +121,12 @@ class GRPOTrainer(Trainer):
         menu = shapes(Limits(args.gradient_accumulation_steps, args.per_device_train_batch_size, longest))
         score = of_all_micro_batches(log_probs(model.causal_lm, args.temperature))
         num_tokens, number = 0, 0
+        reference = _reference(model) if args.beta > 0 else None
         for turn, prompts in enumerate(steps(self.prompts, args.prompts_per_step, args.seed)):
-            lora = newest()
+            params, lora = newest()
             rollout = roll_out(
                 model.causal_lm,
-                model.params,
+                params,
                 lora,
                 [prompt.ids for prompt in prompts],
                 num_generations=args.num_generations,
@@ -147,13 +150,13 @@ class GRPOTrainer(Trainer):
             values = {"advantages": advantages_S, "weights": np.asarray(weights_S)}
             batch = jax.device_put(lay_out_rollout(rollout, trained_S, menu, **values))
             # Both from the same arrays: neither is to be among the other's arguments.
-            old = {"old_logps": score(lora, model.params, batch)} if args.num_iterations > 1 else {}
-            reference = {"ref_logps": score(None, model.params, batch)} if args.beta > 0 else {}
+            old = {"old_logps": score(lora, params, batch)} if args.num_iterations > 1 else {}
+            ref = {} if reference is None else {"ref_logps": score(None, reference, batch)}
             num_tokens += rollout.num_tokens
             facts |= {"num_tokens": float(num_tokens), "samples": float(args.completions_per_step)}
             for _ in range(args.num_iterations):
                 number += 1
-                yield {**batch, **old, **reference}, {**facts, "epoch": self._epoch(number)}
+                yield {**batch, **old, **ref}, {**facts, "epoch": self._epoch(number)}
 
     def _judge(self, prompts: list[Prompt], rollout: Rollout, state: TrainerState) -> Judgement:
         args = self.args
@@ -217,6 +220,11 @@ def loss_of(args: GRPOConfig, function: LogProbs) -> WatchedLoss:
         beta=args.beta,
         use_bias_correction_kl=args.use_bias_correction_kl,
     )
+
+
+def _reference(model: Trainable) -> Params:
+    """What the policy is held to: the base, which an adapter leaves as it is, or a copy of weights about to change."""
+    return jax.tree.map(jnp.copy, model.params) if model.lora is None else model.params
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -10,7 +10,7 @@ import jax
 
 from jaxtune.errors import DivergenceError
 from jaxtune.log import get_logger
-from jaxtune.models.causal_lm import Params
+from jaxtune.training.losses import Tree
 from jaxtune.training.step import Step, TrainState
 
 log = get_logger(__name__)
@@ -23,7 +23,7 @@ the step's time does not include) where its shape was new."""
 def run(
     step: Step,
     state: TrainState,
-    params: Params,
+    frozen: Tree,
     batches: Iterable[tuple[Mapping[str, Any], Mapping[str, float]]],
     on_record: Callable[[Record], Any],
     on_state: Callable[[TrainState], Any] = lambda state: None,
@@ -61,7 +61,7 @@ def run(
             shapes.add(shape)
             log.info("compiling the step for %d x %d x %d tokens ...", *shape)
         dispatched = time.perf_counter()
-        state, metrics = step(state, params, batch)
+        state, metrics = step(state, frozen, batch)
         on_state(state)
         if is_new:
             compiled = time.perf_counter() - dispatched

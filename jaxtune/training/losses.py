@@ -1,6 +1,7 @@
 """Losses as pure functions of (lora, params, batch): usable alone, under jit, grad and vmap."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,9 @@ Loss = Callable[[Lora | None, Params, MicroBatch], jax.Array]
 Sums = dict[str, jax.Array]
 """What is worth watching beside the loss, by name, summed and divided as the loss is."""
 
-WatchedLoss = Callable[[Lora | None, Params, MicroBatch], tuple[jax.Array, Sums]]
-"""A loss and its sums: what the step takes."""
+Tree = dict[str, Any]
+WatchedLoss = Callable[[Tree | None, Tree, MicroBatch], tuple[jax.Array, Sums]]
+"""A loss and its sums, of what is trained and what is not: (lora, params, batch), or see `of_all_weights`."""
 
 
 def label_nll(
@@ -61,6 +63,16 @@ def next_token_loss(model: CausalLM, remat: Remat | None = None) -> Loss:
 def unwatched(loss: Loss) -> WatchedLoss:
     """A loss with nothing to watch but itself."""
     return lambda lora, params, batch: (loss(lora, params, batch), {})
+
+
+def of_all_weights(loss: WatchedLoss) -> WatchedLoss:
+    """The loss for full fine-tuning: `params` are trained, nothing is frozen, and there is no adapter."""
+
+    def whole(params: Tree | None, nothing: Tree, batch: MicroBatch) -> tuple[jax.Array, Sums]:
+        assert params is not None
+        return loss(None, params, batch)
+
+    return whole
 
 
 def trained_tokens(batch: MicroBatch) -> jax.Array:

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +36,19 @@ def schedule(kind: str, learning_rate: float, warmup_steps: int, total_steps: in
 def adamw(
     rate: Schedule, *, beta1: float, beta2: float, epsilon: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """AdamW with decoupled weight decay on every trained leaf, as torch computes it."""
-    return any_promotion(optax.adamw(rate, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay))
+    """AdamW with decoupled weight decay, as torch computes it, on what transformers' trainer decays."""
+    return any_promotion(
+        optax.adamw(rate, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay, mask=decays)
+    )
+
+
+def decays(trained: Any) -> Any:
+    """Whether a leaf decays: all but biases and the weights of norms."""
+
+    def of(path, _):
+        return path[-1].key != "bias" and not any("norm" in str(getattr(key, "key", "")) for key in path)
+
+    return jax.tree_util.tree_map_with_path(of, trained)
 
 
 def any_promotion(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -1,4 +1,4 @@
-"""SFTTrainer: supervised fine-tuning of a model's adapter, under TRL's names."""
+"""SFTTrainer: supervised fine-tuning of a model's adapter, or of all its weights, under TRL's names."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,8 @@ _WITHOUT_EFFECT = {
 
 @mirrors(_WITHOUT_EFFECT)
 class SFTTrainer(Trainer):
-    """Tokenises the dataset when it is made; `train()` runs it and leaves the trained adapter in `model.lora`.
+    """Tokenises the dataset when it is made; `train()` runs it and leaves the trained adapter in `model.lora`, or with
+    full fine-tuning the trained weights in `model.params`.
 
     `samples` is what will be trained on, and may be changed before `train()` (`train_on_responses_only` does);
     `log_history` is every logged step's numbers."""

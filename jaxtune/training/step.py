@@ -1,5 +1,9 @@
 """One optimizer step as one compiled program: gradients summed over micro-batches, divided by the trained tokens of
-the whole step, clipped, applied. However the batch is cut, loss and gradient are the same."""
+the whole step, clipped, applied. However the batch is cut, loss and gradient are the same.
+
+What is trained is one tree, what it is trained beside another: an adapter and the base's `params`, or (full
+fine-tuning) `params` and nothing. Gradients, the optimizer and its update are float32, whatever the tree is kept in.
+"""
 
 import functools
 from collections.abc import Callable
@@ -10,9 +14,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxtune.models.causal_lm import Lora, Params
-from jaxtune.training.losses import MicroBatch, WatchedLoss, trained_tokens
+from jaxtune.training.losses import MicroBatch, Tree, WatchedLoss, trained_tokens
 from jaxtune.training.optimizers import Schedule
+from jaxtune.training.rounding import add_rounded
 
 Metrics = dict[str, jax.Array]
 
@@ -21,31 +25,34 @@ class TrainState(NamedTuple):
     """What a step changes, and therefore what it donates."""
 
     step: jax.Array
-    lora: Lora
+    trained: Tree
     optimizer: Any
 
 
-Step = Callable[[TrainState, Params, MicroBatch], tuple[TrainState, Metrics]]
+Step = Callable[[TrainState, Tree, MicroBatch], tuple[TrainState, Metrics]]
 
 
-def init_state(lora: Lora, optimizer: optax.GradientTransformation) -> TrainState:
-    """A copy of the adapter (steps donate their state; the model keeps its own) and a fresh optimizer."""
-    lora = jax.tree.map(jnp.copy, lora)
-    return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora))
+def init_state(
+    trained: Tree, optimizer: optax.GradientTransformation, *, consume: bool = False
+) -> TrainState:
+    """The state before the first step, of a copy: steps donate their state. `consume=True` spares the copy, and the
+    first step destroys what was given."""
+    trained = trained if consume else jax.tree.map(jnp.copy, trained)
+    return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(_float32(trained)))
 
 
 def value_and_grad(
-    loss: WatchedLoss, lora: Lora, params: Params, batch: MicroBatch
-) -> tuple[jax.Array, Lora, Metrics]:
+    loss: WatchedLoss, trained: Tree, frozen: Tree, batch: MicroBatch
+) -> tuple[jax.Array, Tree, Metrics]:
     """Loss, gradient and what the loss watches, all means over the trained tokens of batch [A, R, L]: A micro-batches,
     one after the other."""
     of_sums = jax.value_and_grad(loss, has_aux=True)
 
     def add(carry, micro):
-        (value, sums), grads = of_sums(lora, params, micro)
-        return jax.tree.map(jnp.add, carry, (value, grads)), sums
+        (value, sums), grads = of_sums(trained, frozen, micro)
+        return jax.tree.map(jnp.add, carry, (value, _float32(grads))), sums
 
-    zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, lora))
+    zero = (jnp.zeros((), jnp.float32), jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), trained))
     (value, grads), sums_A = lax.scan(add, zero, batch)
     # Divided at the end, in float32: as a factor of the loss it would reach the backward pass in the model's own
     # dtype, where in float16 it turns gradients into zeros.
@@ -60,20 +67,22 @@ def make_step(
     rate: Schedule,
     max_grad_norm: float | None,
     dropout_seed: int | None = None,
+    rounding_seed: int = 0,
 ) -> Step:
     """`max_grad_norm=None` does not clip; with a `dropout_seed`, what is dropped follows from it, the step's number and
-    the micro-batch's. The state is donated."""
+    the micro-batch's. `rounding_seed` decides how what is kept in bfloat16 is rounded. The state is donated."""
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, params: Params, batch: MicroBatch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: Tree, batch: MicroBatch) -> tuple[TrainState, Metrics]:
         keys = {} if dropout_seed is None else {"dropout_key": dropout_keys(dropout_seed, state.step, batch)}
-        value, grads, watched = value_and_grad(loss, state.lora, params, {**batch, **keys})
+        value, grads, watched = value_and_grad(loss, state.trained, frozen, {**batch, **keys})
         norm = optax.tree.norm(grads)
         if max_grad_norm is not None:
             shrink = jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))
             grads = jax.tree.map(lambda g: g * shrink, grads)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.lora)
-        lora = optax.apply_updates(state.lora, updates)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, _float32(state.trained))
+        key = jax.random.fold_in(jax.random.key(rounding_seed), state.step)
+        trained = add_rounded(state.trained, updates, key)
         metrics = {
             "loss": value,
             "grad_norm": norm,
@@ -82,9 +91,13 @@ def make_step(
             "tokens": (batch["segment_ids"] > 0).sum(dtype=jnp.int32),
             **watched,
         }
-        return TrainState(state.step + 1, lora, optimizer_state), metrics
+        return TrainState(state.step + 1, trained, optimizer_state), metrics
 
     return step
+
+
+def _float32(tree: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
 
 def dropout_keys(seed: int, step: jax.Array, batch: MicroBatch) -> jax.Array:

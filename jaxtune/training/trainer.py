@@ -1,4 +1,5 @@
-"""What every trainer does: check what it is given, run the loop over its batches, keep the log, leave the adapter.
+"""What every trainer does: check what it is given, run the loop over its batches, keep the log, leave in the model what
+was trained: its adapter, or with full fine-tuning its weights.
 
 A trainer of its own kind adds what its batches are and what its loss is.
 """
@@ -17,7 +18,7 @@ from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.models.decoder import Remat
 from jaxtune.training.config import TrainingConfig
 from jaxtune.training.loop import Record, run
-from jaxtune.training.losses import WatchedLoss
+from jaxtune.training.losses import WatchedLoss, of_all_weights
 from jaxtune.training.metrics import RunLog, average
 from jaxtune.training.optimizers import Schedule, adamw, schedule
 from jaxtune.training.remat import level, remat
@@ -30,6 +31,7 @@ class Trainable(Protocol):
     causal_lm: CausalLM
     params: Params
     lora: Lora | None
+    full_finetuning: bool
     tokenizer: Any
     max_seq_length: int
     gradient_checkpointing: bool | str
@@ -44,8 +46,8 @@ class TrainOutput(NamedTuple):
     metrics: dict[str, float]
 
 
-Newest = Callable[[], Lora]
-"""The adapter as it is now, while it is being trained."""
+Newest = Callable[[], tuple[Params, Lora | None]]
+"""The model's weights and its adapter as they are now, while either is being trained."""
 
 Batches = Callable[[Newest], Iterator[tuple[Mapping[str, Any], Mapping[str, float]]]]
 """Endless batches [A, R, L], each with facts for the log: `epoch` and `samples` among them."""
@@ -79,13 +81,14 @@ class Trainer:
         if not hasattr(model, "causal_lm"):
             raise OptionError(
                 f"{name} was given {'the model ' + repr(model) if isinstance(model, str) else type(model).__name__}.",
-                expected="a LanguageModel with an adapter.",
+                expected="a LanguageModel.",
                 fix="Load it first: model, tokenizer = FastLanguageModel.from_pretrained(...), then get_peft_model.",
             )
-        if model.lora is None:
+        if model.lora is None and not model.full_finetuning:
             raise AdapterError(
                 "The model has no adapter to train.",
-                expected="a model that went through FastLanguageModel.get_peft_model.",
+                expected="a model that went through FastLanguageModel.get_peft_model, or was loaded with "
+                "full_finetuning=True.",
                 fix="Call FastLanguageModel.get_peft_model(model) first.",
             )
         if train_dataset is None:
@@ -104,12 +107,15 @@ class Trainer:
 
     def _train(self, loss: WatchedLoss, batches: Batches, total_steps: int) -> TrainOutput:
         model, args = self.model, self.args
-        assert model.lora is not None
         optimizer, rate = optimizer_of(args, total_steps)
         config = model.causal_lm.lora_config
         dropout_seed = args.seed if config is not None and config.lora_dropout else None
-        step = make_step(loss, optimizer, rate, args.max_grad_norm or None, dropout_seed)
-        state = init_state(model.lora, optimizer)
+        trains_all = model.lora is None
+        trained, frozen = (model.params, {}) if model.lora is None else (model.lora, model.params)
+        loss = of_all_weights(loss) if trains_all else loss
+        step = make_step(loss, optimizer, rate, args.max_grad_norm or None, dropout_seed, args.seed)
+        # There is one copy of the weights: while they are trained, the model's are the newest.
+        state = init_state(trained, optimizer, consume=trains_all)
         self.log_history = []
         steps, samples, loss_sum, epoch = 0, 0.0, 0.0, 0.0
         unlogged: list[Record] = []
@@ -130,17 +136,29 @@ class Trainer:
             def on_state(newest: TrainState) -> None:
                 nonlocal state  # the one before is consumed
                 state = newest
+                if trains_all:
+                    model.params = newest.trained
 
-            stream = itertools.islice(batches(lambda: state.lora), total_steps)
+            def keep() -> None:
+                if not trains_all:
+                    model.lora = state.trained
+
+            def newest() -> tuple[Params, Lora | None]:
+                return (model.params, None) if trains_all else (model.params, state.trained)
+
+            stream = itertools.islice(batches(newest), total_steps)
             try:
-                run(step, state, model.params, stream, on_record, on_state)
-            except DivergenceError:
-                raise
+                run(step, state, frozen, stream, on_record, on_state)
+            except DivergenceError as error:
+                if not trains_all:
+                    raise
+                fix = f"{error.fix} First load the model again: the weights that it began with are gone."
+                raise DivergenceError(error.found, expected=error.expected, fix=fix) from error
             except BaseException:  # an interrupt, a reward function, a full disk: what was learnt is not lost
-                if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.lora)):
-                    model.lora = state.lora
+                if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.trained)):
+                    keep()
                 raise
-        model.lora = state.lora
+        keep()
         runtime = time.perf_counter() - started
         mean = loss_sum / total_steps
         metrics = {

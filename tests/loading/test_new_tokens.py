@@ -3,11 +3,17 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jaxtune import FastLanguageModel, add_new_tokens
 from jaxtune.errors import AdapterError, OptionError
+from tests.export.llama_cpp import LlamaCpp
 from tests.kit import models
+from tests.kit.compare import assert_close, assert_trees_equal
 
 NEW = ["<think>", "quick fox"]
 TOKENS = jnp.arange(12)[None]
@@ -92,9 +98,116 @@ def test_what_cannot_be_added(folder, options, word):
     assert len(tokenizer) == size, "nothing half-done"
 
 
-def test_nothing_that_loses_them_is_saved(folder, tmp_path):
+# ---- what is saved ----
+
+
+@pytest.fixture(scope="module")
+def grown(folder):
+    """A model with new tokens and an adapter that is awake."""
     model, tokenizer = load(folder)
-    add_new_tokens(model, tokenizer, NEW)
-    with pytest.raises(OptionError, match="2 added tokens"):
-        model.save_pretrained_merged(tmp_path / "merged", tokenizer)
-    assert not (tmp_path / "merged").exists()
+    add_new_tokens(model, tokenizer, NEW, method="interpolation", pad_to_multiple_of=256)
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    noise = np.random.default_rng(0)
+    model.lora = jax.tree.map(
+        lambda x: x + 0.05 * noise.standard_normal(x.shape).astype("float32"), model.lora
+    )
+    return model
+
+
+@pytest.fixture(scope="module")
+def line(grown):
+    return np.array([[5, len(grown.tokenizer) - 2, 9, len(grown.tokenizer) - 1, 7]])
+
+
+def theirs(model, line):
+    with torch.no_grad():
+        return model(torch.from_numpy(line)).logits.numpy()
+
+
+def test_the_merged_folder_has_them(grown, line, tmp_path):
+    grown.save_pretrained_merged(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.vocab_size == len(merged.get_input_embeddings().weight)
+    assert_close(grown.apply(grown.params, grown.lora, line), theirs(merged, line), 1e-5)
+    ids = AutoTokenizer.from_pretrained(tmp_path / "merged").convert_tokens_to_ids(NEW)
+    assert ids == grown.tokenizer.convert_tokens_to_ids(NEW)
+
+
+def test_the_adapter_brings_them_along(grown, line, tmp_path):
+    grown.save_pretrained(tmp_path / "adapter")
+    again, tokenizer = load(tmp_path / "adapter")
+    expected = grown.apply(grown.params, grown.lora, line)
+    np.testing.assert_array_equal(again.apply(again.params, again.lora, line), expected)
+    assert tokenizer.convert_tokens_to_ids(NEW) == grown.tokenizer.convert_tokens_to_ids(NEW)
+    again.save_pretrained_merged(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert_close(expected, theirs(merged, line), 1e-5)
+
+
+def test_tables_that_are_trained_whole_have_them_too(folder, tmp_path):
+    model, tokenizer = load(folder)
+    add_new_tokens(model, tokenizer, NEW, pad_to_multiple_of=256)
+    model = FastLanguageModel.get_peft_model(model, r=4, modules_to_save=["embed_tokens"])
+    model.lora["embed_tokens"]["weight"] += 0.1
+    model.save_pretrained(tmp_path / "adapter")
+    again, _ = load(tmp_path / "adapter")
+    assert_trees_equal(again.lora, model.lora)
+    for name in model.own_parts:
+        assert_trees_equal(again.params[name], model.params[name])
+
+
+def test_peft_loads_the_adapter_onto_a_resized_base(grown, folder, line, tmp_path):
+    grown.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    base.resize_token_embeddings(grown.causal_lm.config.vocab_size)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert_close(grown.apply(grown.params, grown.lora, line), theirs(adapted, line), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("whole", [None, ["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_what_peft_saves_of_a_resized_model(folder, line, tmp_path, whole):
+    """It writes both tables beside the adapter, or those in their place that were trained whole."""
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    base.resize_token_embeddings(448, mean_resizing=False)
+    settings = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=whole, task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    adapted = peft.get_peft_model(base, settings)
+    torch.manual_seed(0)
+    for name, weight in adapted.named_parameters():
+        if "modules_to_save" in name:
+            weight.data += 0.1 * torch.randn_like(weight)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    ours, _ = load(tmp_path / "adapter")
+    assert ours.causal_lm.config.vocab_size == 448
+    line = np.array([[5, 447, 440, 7]])
+    assert_close(ours.apply(ours.params, ours.lora, line), theirs(adapted.eval(), line), 1e-5)
+
+
+def test_tables_that_do_not_fit(grown, tmp_path):
+    grown.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    embedding = "base_model.model.model.embed_tokens.weight"
+    save_file({**tensors, embedding: tensors[embedding][:, :-1]}, path)
+    with pytest.raises(AdapterError, match="embed_tokens has the shape"):
+        load(tmp_path / "adapter")
+    head = "base_model.model.lm_head.weight"
+    save_file({**tensors, head: tensors[embedding] + 1}, path)
+    if grown.causal_lm.config.tie_word_embeddings:
+        with pytest.raises(AdapterError, match="a head that is not its embedding"):
+            load(tmp_path / "adapter")
+    else:
+        del tensors[head]
+        save_file(tensors, path)
+        with pytest.raises(AdapterError, match="lacks the base model's lm_head"):
+            load(tmp_path / "adapter")
+
+
+def test_llama_cpp_reads_them(grown, line, tmp_path):
+    (file,) = grown.save_pretrained_gguf(tmp_path / "model", quantization_method="f32")
+    ours = np.asarray(grown.apply(grown.params, grown.lora, line))[0, -1]
+    printable = models.tokenizer().convert_tokens_to_ids("b")
+    theirs = LlamaCpp(file).next_logits(line[0].tolist(), len(ours), printable)
+    assert_close(ours - ours.mean(), theirs - theirs.mean(), 1e-4)

@@ -179,4 +179,4 @@ def test_a_trainer_drops_by_its_seed(wide, monkeypatch, dropout, seed):
     monkeypatch.setattr("jaxtune.training.trainer.make_step", make_step)
     with pytest.raises(InterruptedError):
         SFTTrainer(model, SFTConfig(max_steps=1, seed=11), train_dataset=[{"text": "the fox"}]).train()
-    assert given[-1] == seed
+    assert given[4] == seed

@@ -61,7 +61,7 @@ def run(case):
         for _ in range(2):
             state, metrics = step(state, params, tiny.batch(rows=2, length=16))
             losses.append(float(metrics["loss"]))
-        return losses, jax.tree.map(np.asarray, state.lora)
+        return losses, jax.tree.map(np.asarray, state.trained)
 
     return from_the_beginning
 

@@ -33,7 +33,7 @@ def run(case, params, lora, batch):
     state = init_state(lora, optimizer)
     for _ in range(2):
         state, metrics = step(state, params, batch)
-    return state.lora, metrics
+    return state.trained, metrics
 
 
 @pytest.mark.parametrize(

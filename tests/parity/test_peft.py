@@ -400,6 +400,22 @@ def test_pefts_own_lists(which, request, tmp_path):
     assert is_one is merged.config.tie_word_embeddings is (which == "still_tied")
 
 
+def test_a_base_that_is_not_quite_the_one_it_names(mixed, tmp_path):
+    """PEFT writes its embedding beside the low-rank change, and reads it again; so do we, and merge with it."""
+    folder = shutil.copytree(mixed[0], tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name in tensors:
+        if name.endswith("base_layer.weight"):
+            tensors[name] *= 1.1
+    save_file(tensors, folder / "adapter_model.safetensors")
+    ours = load_ours(folder)
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(ours.name_or_path), folder)
+    assert_close(logits(ours), torch_logits(theirs), 1e-5)
+    ours.save_pretrained_merged(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert_close(torch_logits(merged), logits(ours), 2e-5)
+
+
 def test_one_adapter_for_both_has_the_gradient_of_both(still_tied):
     """Of PEFT's two, the sum."""
     folder, _ = still_tied

@@ -1,4 +1,5 @@
-"""Thirty steps of SFT against a plain torch + PEFT loop: the same data, the same initial adapter, AdamW by torch."""
+"""Steps of SFT against a plain torch loop: thirty of an adapter (PEFT's, with the same initial values), twelve of all
+weights. The same data, AdamW by torch."""
 
 import dataclasses
 
@@ -6,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Trainer
 
 from jaxtune import FastLanguageModel, SFTConfig, SFTTrainer, get_chat_template
 from jaxtune.lora import peft_format
@@ -13,7 +15,7 @@ from jaxtune.models import names
 from jaxtune.training.losses import next_token_loss, unwatched
 from jaxtune.training.remat import remat
 from jaxtune.training.step import value_and_grad
-from tests.kit import models
+from tests.kit import families, models
 from tests.kit.compare import assert_close
 from tests.kit.twin import gradients, peft_twin
 
@@ -26,6 +28,11 @@ CONFIG = SFTConfig(
     weight_decay=0.01,
     assistant_only_loss=True,
 )
+
+FULL = dataclasses.replace(
+    CONFIG, max_steps=12, learning_rate=1e-3, assistant_only_loss=False, weight_decay=0.1
+)
+TEXTS = [{"text": text} for text in ("the quick fox", "a lazy dog jumps over the fox", "over and over") * 3]
 
 
 def dataset():
@@ -99,7 +106,7 @@ def torch_loss(twin, batch):
 
 def test_first_gradient_and_thirty_losses(trainer):
     trainer, twin = trainer
-    args, model = trainer.args, trainer.model
+    model = trainer.model
     batches = [batch for _, (batch, _) in zip(range(STEPS), trainer.batches(), strict=False)]
 
     # B starts at zero, and so would A's gradient: compared where both are alive, after a nudge.
@@ -118,11 +125,40 @@ def test_first_gradient_and_thirty_losses(trainer):
     for name, gradient in ours.items():
         assert_close(gradient, theirs[name], 1e-4, name)
 
-    twin = peft_twin(probe.unload(), model)
-    trained = [weight for weight in twin.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay
-    )
+    expected = torch_run(peft_twin(probe.unload(), model), trainer.args, batches)
+    trainer.train()
+    compare([record["loss"] for record in trainer.log_history], expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3", "qwen2"])
+def test_every_weight_after_a_run(family, tmp_path):
+    """Full fine-tuning, of fused, tied, biased and windowed models; and what transformers loads of it."""
+    theirs = families.random_model(family)
+    folder = models.save(theirs, tmp_path / "base")
+    model, tokenizer = FastLanguageModel.from_pretrained(folder, dtype="float32", full_finetuning=True)
+    trainer = SFTTrainer(model, FULL, train_dataset=TEXTS, tokenizer=tokenizer)
+    batches = [batch for _, (batch, _) in zip(range(FULL.max_steps), trainer.batches(), strict=False)]
+    before = {name: weight.detach().clone() for name, weight in theirs.named_parameters()}
+    expected = torch_run(theirs.train(), FULL, batches)
+    trainer.train()
+    compare([record["loss"] for record in trainer.log_history], expected)
+
+    model.save_pretrained(tmp_path / "trained")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "trained", dtype="float32")
+    for name, weight in loaded.named_parameters():
+        moved = theirs.get_parameter(name) - before[name]
+        assert_close((weight - before[name]).detach().numpy(), moved.detach().numpy(), 1e-2, name)
+
+
+def torch_run(twin, args, batches):
+    """The loss of each step; the twin is trained."""
+    trained = {name: weight for name, weight in twin.named_parameters() if weight.requires_grad}
+    decaying = Trainer.get_decay_parameter_names(None, twin)  # a rule of its own, which asks for no trainer
+    groups = [
+        {"params": [w for name, w in trained.items() if name in decaying], "weight_decay": args.weight_decay},
+        {"params": [w for name, w in trained.items() if name not in decaying], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-8)
     warmup = args.warmup(STEPS)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: step / warmup if step < warmup else (STEPS - step) / (STEPS - warmup)
@@ -132,12 +168,13 @@ def test_first_gradient_and_thirty_losses(trainer):
         optimizer.zero_grad()
         step_loss = torch_loss(twin, batch)
         step_loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(trained.values(), args.max_grad_norm)
         optimizer.step()
         schedule.step()
         losses.append(float(step_loss.detach()))
+    return losses
 
-    trainer.train()
-    ours = [record["loss"] for record in trainer.log_history]
+
+def compare(ours, losses):
     assert losses[-1] < losses[0] - 1, "the run must learn something for the comparison to mean anything"
     np.testing.assert_allclose(ours, losses, rtol=0, atol=1e-3)

@@ -95,7 +95,7 @@ def first_batch(model, **settings):
     """What the first step would train on, and how often."""
     args = GRPOConfig(**{**BASE, "beta": 0.0, "num_iterations": 1, **settings})
     trainer = GRPOTrainer(model, [low_share, last_is_even], args, train_dataset=ROWS)
-    batches = trainer.batches(lambda: model.lora)
+    batches = trainer.batches(lambda: (model.params, model.lora))
     return next(batches)[0], next(batches)[0]
 
 

@@ -4,7 +4,7 @@ The folder is `<name>_gguf/`, a file in it `<model>.<METHOD>.gguf`, as Unsloth's
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from jaxtune.export.gguf.vocab import vocabulary
 from jaxtune.export.gguf.writer import TensorInfo, write_gguf
 from jaxtune.export.merge import MergedCheckpoint
 from jaxtune.export.ollama import MODELFILE, modelfile
+from jaxtune.export.weights import Weight
 from jaxtune.folders import staged
 from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.lora.config import LoraConfig, ModuleNames
@@ -59,6 +60,7 @@ def save_gguf(
     tokenizer: Any,
     name: str,
     quantization_method: str | Sequence[str] | None = "fast_quantized",
+    own: Mapping[str, Weight] | None = None,
 ) -> list[Path]:
     """Writes `<folder>_gguf/`: a file for each method, and a Modelfile for the first. `name` is what the model is
     called: its hub id, say, of which files take the last part. Gives the paths of the files."""
@@ -68,7 +70,7 @@ def save_gguf(
     title = Path(name).name or "model"
     with Checkpoint(base) as checkpoint:
         tied = config.tie_word_embeddings
-        merged = MergedCheckpoint.of(checkpoint, lora, lora_config, module_names, tied=tied)
+        merged = MergedCheckpoint.of(checkpoint, lora, lora_config, module_names, own=own, tied=tied)
         config = dataclasses.replace(config, tie_word_embeddings=tied and not merged.unties)
         methods = list(dict.fromkeys(_resolve(method, merged) for method in given))
         files = [f"{title}.{method.upper()}.gguf" for method in methods]
