@@ -27,6 +27,7 @@ from jaxtune.log import get_logger, show
 from jaxtune.lora import init as lora_init
 from jaxtune.lora import tree as lora_tree
 from jaxtune.lora.config import ALL_LINEAR, LOFTQ, PISSA, PROJECTIONS, WHOLE_MODULES, LoraConfig
+from jaxtune.lora.tables import unlike
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.models.context import at_length
 from jaxtune.models.families import FAMILIES
@@ -60,7 +61,6 @@ _LOAD_WITHOUT_EFFECT = {
 _LORA_WITHOUT_EFFECT = {
     "max_seq_length": ANY,
     "task_type": ANY,
-    "ensure_weight_tying": (None, False),
     "target_parameters": None,
     "offload_layers": None,
     "checkpoint_skip_layers": (0, None),
@@ -151,6 +151,7 @@ class FastLanguageModel:
         )
         with Checkpoint(folder) as checkpoint:
             params = load_params(base_lm, checkpoint, dtype=kept_dtype, precision=precision)
+        tables = unlike(tables, params)
         params |= {name: {"weight": jnp.asarray(table, kept_dtype)} for name, table in tables.items()}
         if adapter is not None:
             lora = jax.tree.map(jnp.asarray, lora)
@@ -193,12 +194,14 @@ class FastLanguageModel:
         alpha_pattern: Mapping[str, float] | None = None,
         exclude_modules: Sequence[str] | str | None = None,
         use_dora: bool = False,
+        ensure_weight_tying: bool = False,
     ) -> LanguageModel:
         """The same base with a fresh adapter, which changes nothing until it is trained. Options are PEFT's, and
         `LoraConfig` documents them.
 
         As in Unsloth, `embed_tokens` and `lm_head` among a list of `target_modules` are trained whole, and
-        `finetune_last_n_layers` leaves the earlier layers alone."""
+        `finetune_last_n_layers` leaves the earlier layers alone. As in PEFT, a regular expression that matches those
+        two gives them low-rank adapters."""
         if not isinstance(model, LanguageModel):
             raise OptionError(
                 f"get_peft_model was given a {type(model).__name__}.",
@@ -234,8 +237,9 @@ class FastLanguageModel:
             use_dora=use_dora,
             bias=bias,
             modules_to_save=_names(modules_to_save),  # type: ignore[arg-type]
+            ensure_weight_tying=ensure_weight_tying,
             init_lora_weights=init_lora_weights,
-        )
+        ).on(tied=model.causal_lm.config.tie_word_embeddings)
         if model.lora is not None:
             if not config.continues(model.causal_lm.lora_config):
                 raise AdapterError(

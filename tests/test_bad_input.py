@@ -258,6 +258,8 @@ def test_targets_that_match_nothing(model, targets):
         ({"init_lora_weights": "pissa"}, ["'pissa'", "4-bit"]),
         ({"init_lora_weights": "pissa", "lora_alpha": 0}, ["alpha of 0"]),
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 5}}, ["5 iterations"]),
+        ({"use_dora": True, "target_modules": ".*(q_proj|lm_head)"}, ["use_dora=True", "has lm_head"]),
+        ({"init_lora_weights": "loftq", "target_modules": ".*tokens"}, ["'loftq'", "has embed_tokens"]),
     ],
 )
 def test_adapter_settings_that_cannot_be(model, settings, words):
@@ -328,11 +330,17 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda f: edit_adapter_config(f, trainable_token_indices=[1]), ["trainable_token_indices=[1]"]),
         (
             lambda f: edit_adapter_config(f, target_modules=["q_proj", "embed_tokens"]),
-            ["LoRA on embed_tokens"],
+            ["no tensor", "model.embed_tokens.lora_embedding_"],
         ),
         (
-            lambda f: edit_adapter_config(f, modules_to_save=["lm_head"], ensure_weight_tying=True),
-            ["ensure_weight_tying=True"],
+            lambda f: edit_adapter_config(f, target_modules=["q_proj", "lm_head"], use_dora=True),
+            ["use_dora=True", "lm_head"],
+        ),
+        (
+            lambda f: edit_adapter_config(
+                f, target_modules=".*(embed_tokens|v_proj)", init_lora_weights="pissa"
+            ),
+            ["'pissa'", "embed_tokens"],
         ),
         (lambda f: edit_adapter_config(f, peft_type="IA3"), ["'IA3'"]),
         (lambda f: edit_adapter_config(f, rank_pattern=["q_proj"]), []),
@@ -352,8 +360,9 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         "a whole head",
         "a whole module that is unknown",
         "single tokens",
-        "low-rank embeddings",
-        "tied modules",
+        "a low-rank embedding",
+        "dora on the head",
+        "pissa on the embedding",
         "another method",
         "ranks that are no map",
         "dropout that is no number",

@@ -80,13 +80,14 @@ def read_weights(adapter: AdapterFolder, base: CausalLM) -> Adapted:
             fix="Use an adapter from before its training diverged.",
         )
     c = base.config
+    settings = adapter.config.on(tied=c.tie_word_embeddings)
     tables, rows = take_tables(
-        tensors, adapter.config, base.module_names, (c.vocab_size, c.hidden_size), str(path),
+        tensors, settings, base.module_names, (c.vocab_size, c.hidden_size), str(path),
         tied=c.tie_word_embeddings,
     )  # fmt: skip
     config = dataclasses.replace(c, vocab_size=rows)
-    model = dataclasses.replace(base, config=config, lora_config=adapter.config)
-    lora = peft_format.from_tensors(tensors, adapter.config, model.skeleton, model.module_names, str(path))
+    model = dataclasses.replace(base, config=config, lora_config=settings)
+    lora = peft_format.from_tensors(tensors, settings, model.skeleton, model.module_names, str(path))
     return Adapted(model, lora, tables)
 
 
