@@ -177,14 +177,14 @@ class FastLanguageModel:
     def get_peft_model(
         model: LanguageModel,
         r: int = 16,
-        target_modules: Sequence[str] | str = PROJECTIONS,
+        target_modules: Sequence[str] | str | None = PROJECTIONS,
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
         bias: str = "none",
         layers_to_transform: Sequence[int] | int | None = None,
         layers_pattern: Sequence[str] | str | None = None,
         use_gradient_checkpointing: bool | str | None = None,
-        random_state: int = 3407,
+        random_state: int | None = 3407,
         use_rslora: bool = False,
         modules_to_save: Sequence[str] | None = None,
         init_lora_weights: bool | str = True,
@@ -213,6 +213,7 @@ class FastLanguageModel:
                 "The model was loaded with full_finetuning=True: every weight is trained, without an adapter."
             )
             return model
+        target_modules = _names(PROJECTIONS if target_modules is None else target_modules)
         if model.causal_lm.config.fused_projections and set(target_modules) == set(PROJECTIONS):
             target_modules = FUSED_PROJECTIONS  # the seven names mean all of them
         _check_loftq(loftq_config)
@@ -220,23 +221,24 @@ class FastLanguageModel:
             layers_to_transform = _last_layers(model, finetune_last_n_layers, layers_to_transform)
         if target_modules == ALL_LINEAR and layers_to_transform is not None:
             target_modules = [path[-1] for path, _ in lora_tree.linears(model.causal_lm.skeleton)]
-        if not isinstance(target_modules, str):
-            modules_to_save = [*(modules_to_save or ()), *(n for n in target_modules if n in WHOLE_MODULES)]
+        if isinstance(target_modules, list | tuple | set):
+            named = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save or ()
+            modules_to_save = [*named, *(name for name in target_modules if name in WHOLE_MODULES)]
             target_modules = [name for name in target_modules if name not in WHOLE_MODULES]
         config = LoraConfig(
             r=r,
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
-            target_modules=target_modules if isinstance(target_modules, str) else tuple(target_modules),
+            target_modules=_names(target_modules),
             exclude_modules=_names(exclude_modules),
             layers_to_transform=layers_to_transform,  # type: ignore[arg-type]  # any form of it; the config has one
-            layers_pattern=_names(layers_pattern),  # type: ignore[arg-type]
+            layers_pattern=_names(layers_pattern),
             rank_pattern=rank_pattern,  # type: ignore[arg-type]
             alpha_pattern=alpha_pattern,  # type: ignore[arg-type]
             use_rslora=use_rslora,
             use_dora=use_dora,
             bias=bias,
-            modules_to_save=_names(modules_to_save),  # type: ignore[arg-type]
+            modules_to_save=_names(modules_to_save),
             ensure_weight_tying=ensure_weight_tying,
             init_lora_weights=init_lora_weights,
         ).on(tied=model.causal_lm.config.tie_word_embeddings)
@@ -252,7 +254,7 @@ class FastLanguageModel:
         causal_lm = dataclasses.replace(model.causal_lm, lora_config=config)
         # First, since it says so if it can't.
         params = base_of(causal_lm, model.params)
-        lora = _fresh_adapter(model, config, jax.random.key(random_state))
+        lora = _fresh_adapter(model, config, jax.random.key(3407 if random_state is None else random_state))
         level(True if use_gradient_checkpointing is None else use_gradient_checkpointing)
         checkpointing = (
             model.gradient_checkpointing if use_gradient_checkpointing is None else use_gradient_checkpointing
@@ -326,14 +328,25 @@ def _fresh_adapter(model: LanguageModel, config: LoraConfig, key: jax.Array) -> 
     if config.init_lora_weights != LOFTQ:
         return lora_init.init(model.params, config, model.module_names, key)
     with Checkpoint(model.original_folder()) as checkpoint:
-        original = lambda module: checkpoint.read(f"{module}.weight")
+
+        def original(module: str) -> Any:
+            name = f"{module}.weight"
+            dtype = checkpoint.dtype(name)
+            if dtype.itemsize < 2 or not jnp.issubdtype(dtype, jnp.floating):
+                raise AdapterError(
+                    f"init_lora_weights='loftq', and {checkpoint.folder} holds {name} packed.",
+                    expected="the original 16-bit weights: the adapter begins with what packing them loses.",
+                    fix="Load the original model with load_in_4bit=True, or leave init_lora_weights out.",
+                )
+            return checkpoint.read(name)
+
         return lora_init.init(model.params, config, model.module_names, key, original)
 
 
 def _check_loftq(settings: Any) -> None:
     """PEFT's `LoftQConfig`, or a dict."""
-    if settings is not None and not isinstance(settings, Mapping):
-        settings = vars(settings)
+    if not isinstance(settings, Mapping | None):
+        settings = getattr(settings, "__dict__", {"loftq_bits": repr(settings)})
     settings = settings or {}
     bits, iterations = settings.get("loftq_bits", 4), settings.get("loftq_iter", 1)
     if (bits, iterations) != (4, 1):
@@ -347,7 +360,7 @@ def _check_loftq(settings: Any) -> None:
 
 def _last_layers(model: LanguageModel, count: int, layers: Any) -> list[int]:
     total = model.causal_lm.config.num_layers
-    if layers is not None or not 0 < count <= total:
+    if layers is not None or type(count) is not int or not 0 < count <= total:
         raise OptionError(
             f"finetune_last_n_layers={count!r}"
             + (f" beside layers_to_transform={layers!r}." if layers is not None else "."),
@@ -357,8 +370,9 @@ def _last_layers(model: LanguageModel, count: int, layers: Any) -> list[int]:
     return list(range(total - count, total))
 
 
-def _names(given: Sequence[str] | str | None) -> tuple[str, ...] | str | None:
-    return given if given is None or isinstance(given, str) else tuple(given)
+def _names(given: Any) -> Any:
+    """A list as a tuple; LoraConfig says what else may be."""
+    return tuple(given) if isinstance(given, list | set) else given
 
 
 def _refuse_full_finetuning(asked: bool, found: str) -> None:

@@ -232,6 +232,33 @@ def test_a_rank_that_is_none(model, r):
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("target_modules", [1]),
+        ("exclude_modules", 5),
+        ("modules_to_save", [None]),
+        ("rank_pattern", 5),
+        ("alpha_pattern", {1: 2}),
+        ("lora_dropout", "much"),
+        ("lora_dropout", None),
+        ("loftq_config", 3),
+        ("finetune_last_n_layers", 1.5),
+    ],
+)
+def test_a_setting_of_another_kind(model, name, value):
+    with fails((errors.AdapterError, errors.OptionError), name):
+        FastLanguageModel.get_peft_model(model, **{name: value})
+
+
+def test_settings_that_may_be_left_open(model):
+    open_ones = FastLanguageModel.get_peft_model(
+        model, target_modules=None, random_state=None, modules_to_save="lm_head"
+    )
+    said = FastLanguageModel.get_peft_model(model, modules_to_save=["lm_head"])
+    assert open_ones.causal_lm == said.causal_lm
+
+
+@pytest.mark.parametrize(
     "targets", [["query_proj"], "query_proj", []], ids=["a list", "a regex", "none at all"]
 )
 def test_targets_that_match_nothing(model, targets):

@@ -67,7 +67,9 @@ class LoraConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _canonical(field.name, getattr(self, field.name)))
+            given = getattr(self, field.name)
+            _require_kind(field.name, given)
+            object.__setattr__(self, field.name, _canonical(field.name, given))
         _require_rank("r", self.r)
         for pattern, rank in self.rank_pattern:
             _require_rank(f"rank_pattern[{pattern!r}]", rank)
@@ -264,6 +266,29 @@ def _canonical(name: str, value: Any) -> Any:
                 return PISSA
             return value.lower() if isinstance(value, str) else value
     return value
+
+
+def _require_kind(name: str, value: Any) -> None:
+    """Names are strings, patterns mappings (or pairs), a share is a number."""
+    match name:
+        case "target_modules" | "exclude_modules" | "modules_to_save" | "layers_pattern":
+            expected = "a name, or a list of names."
+            listed = isinstance(value, list | tuple | set | frozenset)
+            good = (
+                value is None or isinstance(value, str) or (listed and all(isinstance(n, str) for n in value))
+            )
+        case "rank_pattern" | "alpha_pattern":
+            expected = "a dict of module names, each with its number."
+            pairs = value.items() if isinstance(value, Mapping) else value
+            listed = isinstance(pairs, tuple) or isinstance(value, Mapping)
+            good = value is None or (listed and all(len(p) == 2 and isinstance(p[0], str) for p in pairs))
+        case "lora_dropout":
+            expected = "a number."
+            good = isinstance(value, int | float) and not isinstance(value, bool)
+        case _:
+            return
+    if not good:
+        raise AdapterError(f"{name}={value!r}.", expected=expected, fix=f"Correct it, or leave {name} out.")
 
 
 def _require_rank(name: str, rank: Any) -> None:

@@ -74,7 +74,7 @@ def without_principal(params: Tree, config: LoraConfig, module_names: ModuleName
         weight = at(params, path)["weight"]
         if hasattr(weight, "dequantize"):
             raise AdapterError(
-                "init_lora_weights='pissa' on a 4-bit base.",
+                "init_lora_weights='pissa' on a packed base.",
                 expected="16-bit or 32-bit weights: the rest of one would have to be quantised anew, and then neither "
                 "a merge nor another program would find the same base again.",
                 fix="Load the model with load_in_4bit=False, or leave init_lora_weights out.",
