@@ -7,6 +7,7 @@ tokens per second, peak memory, model FLOP/s utilisation, time to the first step
 """
 
 import argparse
+import dataclasses
 import functools
 import statistics
 import time
@@ -22,6 +23,7 @@ from jaxtune.loading.load import load_params
 from jaxtune.models import names
 from jaxtune.models.causal_lm import CausalLM
 from jaxtune.models.config import LayerKind, ModelConfig, RopeConfig
+from jaxtune.quant import Unpacked
 
 LLAMA3_ROPE = RopeConfig(
     kind="llama3",
@@ -36,6 +38,11 @@ SHAPES = {
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_heads=32, num_kv_heads=8, head_dim=128,
         rms_norm_eps=1e-5, tie_word_embeddings=False, layers=(LayerKind(),) * 32, ropes=(LLAMA3_ROPE,),
         max_position=131072,
+    ),
+    "llama-3.2-1b": ModelConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_heads=32, num_kv_heads=8, head_dim=64,
+        rms_norm_eps=1e-5, tie_word_embeddings=True, layers=(LayerKind(),) * 16,
+        ropes=(dataclasses.replace(LLAMA3_ROPE, factor=32.0),), max_position=131072,
     ),
     "tiny": ModelConfig(
         vocab_size=512, hidden_size=128, intermediate_size=256, num_heads=4, num_kv_heads=2, head_dim=32,
@@ -93,15 +100,16 @@ class RandomCheckpoint:
         return jnp.ones_like(weight) if "norm" in name else weight
 
 
-def useful_flops(c: ModelConfig, batch: int, length: int) -> float:
-    """4 N T + 3 A: frozen weights need no gradient of their own; A is causal attention's forward pass."""
+def useful_flops(c: ModelConfig, batch: int, length: int, *, full: bool = False) -> float:
+    """4 N T + 3 A: frozen weights need no gradient of their own (trained ones do: 6 N T); A is causal attention's
+    forward pass."""
     attention_weights = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
     linear = c.num_layers * (attention_weights + 3 * c.hidden_size * c.intermediate_size)
     linear += c.vocab_size * c.hidden_size
     attention = (
         c.num_layers * batch * c.num_heads * c.head_dim * 2 * length**2
     )  # 4 for two products, half is masked
-    return 4 * linear * batch * length + 3 * attention
+    return (6 if full else 4) * linear * batch * length + 3 * attention
 
 
 def peak_gb() -> float:
@@ -124,7 +132,7 @@ def measure(model: LanguageModel, batch: int, length: int, accumulation: int, le
     times = [entry["step_time_sec"] for entry in trainer.log_history]
     # Step n's time is read when step n + 1 has been dispatched: the first holds the compilation, the last no overlap.
     seconds = statistics.median(times[3:-1])
-    flops = accumulation * useful_flops(c, batch, length)
+    flops = accumulation * useful_flops(c, batch, length, full=model.full_finetuning)
     return {
         "batch": batch,
         "length": length,
@@ -146,18 +154,25 @@ def main():
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--rows", nargs="+", default=["4x4096x1:block", "4x4096x1:attention", "4x4096x1:mlp"])
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--full-finetuning", action="store_true", help="train bfloat16 weights, no adapter")
     parser.add_argument("--name", default="sft", help="of the result file")
     args = parser.parse_args()
 
     enable_cache()
     causal_lm = CausalLM(SHAPES[args.shape])
     start = time.perf_counter()
-    params = load_params(causal_lm, RandomCheckpoint(causal_lm), dtype=jnp.dtype(jnp.bfloat16))
+    params = load_params(
+        causal_lm,
+        RandomCheckpoint(causal_lm),
+        dtype=jnp.dtype(jnp.bfloat16),
+        precision=Unpacked() if args.full_finetuning else None,
+    )
     jax.block_until_ready(params)
     load_seconds = time.perf_counter() - start
     weights_gb = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e9
     print(f"weights: {weights_gb:.2f} GB in {load_seconds:.1f} s; peak {peak_gb():.2f} GB", flush=True)
-    model = FastLanguageModel.get_peft_model(LanguageModel(causal_lm, params), r=16, lora_alpha=16)
+    model = LanguageModel(causal_lm, params, full_finetuning=args.full_finetuning)
+    model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16)  # which leaves a whole one as it is
 
     rows = []
     for row in args.rows:

@@ -1,23 +1,24 @@
 """FastLanguageModel: Unsloth's entry points, `from_pretrained` and `get_peft_model`, which return a LanguageModel."""
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxtune.compilation import enable_cache
 from jaxtune.errors import AdapterError, ModelNotFoundError, OptionError
+from jaxtune.inference.generate import ends as ends_with
 from jaxtune.language_model import LanguageModel
 from jaxtune.loading import adapter as adapters
 from jaxtune.loading import new_tokens as new_token_rows
 from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.loading.config import read_config
 from jaxtune.loading.dtypes import dtypes
+from jaxtune.loading.ends import read_ends
 from jaxtune.loading.hub import resolve
 from jaxtune.loading.load import load_params
 from jaxtune.loading.precision import choose_precision, require_known
@@ -26,6 +27,7 @@ from jaxtune.log import get_logger, show
 from jaxtune.lora import init as lora_init
 from jaxtune.lora import tree as lora_tree
 from jaxtune.lora.config import ALL_LINEAR, LOFTQ, PISSA, PROJECTIONS, WHOLE_MODULES, LoraConfig
+from jaxtune.lora.tables import unlike
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.models.context import at_length
 from jaxtune.models.families import FAMILIES
@@ -41,8 +43,15 @@ FUSED_PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 _LOAD_WITHOUT_EFFECT = {
     "device_map": ANY,
     "fix_tokenizer": ANY,
-    "trust_remote_code": False,
+    "trust_remote_code": ANY,
     "use_exact_model_name": ANY,
+    "attn_implementation": ANY,
+    "gpu_memory_utilization": ANY,
+    "max_lora_rank": ANY,
+    "unsloth_tiled_mlp": ANY,
+    "offload_embedding": (False, "auto"),
+    "float8_kv_cache": False,
+    "qat_scheme": None,
     "random_state": ANY,
     "disable_log_stats": ANY,
     "fast_inference": False,
@@ -52,7 +61,6 @@ _LOAD_WITHOUT_EFFECT = {
 _LORA_WITHOUT_EFFECT = {
     "max_seq_length": ANY,
     "task_type": ANY,
-    "ensure_weight_tying": (None, False),
     "target_parameters": None,
     "offload_layers": None,
     "checkpoint_skip_layers": (0, None),
@@ -65,7 +73,7 @@ class FastLanguageModel:
     """Unsloth's entry points. Nothing is patched; both return values, and leave what they were given as it was."""
 
     @staticmethod
-    @mirrors(_LOAD_WITHOUT_EFFECT)
+    @mirrors(_LOAD_WITHOUT_EFFECT, aliases={"torch_dtype": "dtype"})
     def from_pretrained(
         model_name: str | Path,
         max_seq_length: int | None = None,
@@ -79,6 +87,8 @@ class FastLanguageModel:
         float32_mixed_precision: bool | None = None,
         token: str | None = None,
         revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
         use_gradient_checkpointing: bool | str = "unsloth",
     ) -> tuple[LanguageModel, Any]:
         """(model, tokenizer) from a hub id, a folder, or a PEFT adapter's id or folder (its base is found and loaded).
@@ -108,17 +118,20 @@ class FastLanguageModel:
         show()
         enable_cache()
         level(use_gradient_checkpointing)
-        if max_seq_length is not None and max_seq_length < 2:
+        if max_seq_length is not None and (type(max_seq_length) is not int or max_seq_length < 2):
             raise OptionError(
-                f"max_seq_length={max_seq_length}.", expected="at least 2.", fix="Choose, for example, 2048."
+                f"max_seq_length={max_seq_length!r}.",
+                expected="a whole number of at least 2.",
+                fix="Choose, for example, 2048.",
             )
-        folder = resolve(model_name, revision=revision, token=token)
+        find = functools.partial(resolve, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        folder = find(model_name, revision=revision)
         adapter, tokenizer_folder = None, folder
         if adapters.is_adapter(folder):
             _refuse_full_finetuning(full_finetuning, f"{folder} is an adapter.")
             adapter = adapters.read_config(folder)
             model_name, revision = adapter.base, adapter.revision
-            folder = _resolve_base(adapter, token)
+            folder = _find_base(adapter, find)
             if not (tokenizer_folder / "tokenizer.json").is_file():
                 tokenizer_folder = folder
         hf = read_config(folder, supported=FAMILIES)
@@ -130,11 +143,15 @@ class FastLanguageModel:
         base_lm = CausalLM(at_length(config, max_seq_length), compute_dtype=computed_dtype)
         adapted = None if adapter is None else adapters.read_weights(adapter, base_lm)
         causal_lm, lora, tables = adapted or (base_lm, None, {})
+        ends = read_ends(folder, hf)
         tokenizer = load_tokenizer(
-            tokenizer_folder, eos_token_id=_model_eos(folder, hf), vocab_size=causal_lm.config.vocab_size
+            tokenizer_folder,
+            eos_token_id=next(iter(ends), None),
+            vocab_size=causal_lm.config.vocab_size,
         )
         with Checkpoint(folder) as checkpoint:
             params = load_params(base_lm, checkpoint, dtype=kept_dtype, precision=precision)
+        tables = unlike(tables, params)
         params |= {name: {"weight": jnp.asarray(table, kept_dtype)} for name, table in tables.items()}
         if adapter is not None:
             lora = jax.tree.map(jnp.asarray, lora)
@@ -148,9 +165,10 @@ class FastLanguageModel:
             revision=revision,
             max_seq_length=max_seq_length,
             gradient_checkpointing=use_gradient_checkpointing,
-            stop_ids=_stop_ids(folder, hf, tokenizer),
+            stop_ids=ends_with(ends, tokenizer),
             full_finetuning=full_finetuning,
             own_parts=frozenset(params if full_finetuning else tables),
+            cache_dir=cache_dir,
         )
         return model, tokenizer
 
@@ -159,14 +177,14 @@ class FastLanguageModel:
     def get_peft_model(
         model: LanguageModel,
         r: int = 16,
-        target_modules: Sequence[str] | str = PROJECTIONS,
+        target_modules: Sequence[str] | str | None = PROJECTIONS,
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
         bias: str = "none",
         layers_to_transform: Sequence[int] | int | None = None,
         layers_pattern: Sequence[str] | str | None = None,
         use_gradient_checkpointing: bool | str | None = None,
-        random_state: int = 3407,
+        random_state: int | None = 3407,
         use_rslora: bool = False,
         modules_to_save: Sequence[str] | None = None,
         init_lora_weights: bool | str = True,
@@ -176,12 +194,14 @@ class FastLanguageModel:
         alpha_pattern: Mapping[str, float] | None = None,
         exclude_modules: Sequence[str] | str | None = None,
         use_dora: bool = False,
+        ensure_weight_tying: bool = False,
     ) -> LanguageModel:
         """The same base with a fresh adapter, which changes nothing until it is trained. Options are PEFT's, and
         `LoraConfig` documents them.
 
         As in Unsloth, `embed_tokens` and `lm_head` among a list of `target_modules` are trained whole, and
-        `finetune_last_n_layers` leaves the earlier layers alone."""
+        `finetune_last_n_layers` leaves the earlier layers alone. As in PEFT, a regular expression that matches those
+        two gives them low-rank adapters."""
         if not isinstance(model, LanguageModel):
             raise OptionError(
                 f"get_peft_model was given a {type(model).__name__}.",
@@ -193,6 +213,7 @@ class FastLanguageModel:
                 "The model was loaded with full_finetuning=True: every weight is trained, without an adapter."
             )
             return model
+        target_modules = _names(PROJECTIONS if target_modules is None else target_modules)
         if model.causal_lm.config.fused_projections and set(target_modules) == set(PROJECTIONS):
             target_modules = FUSED_PROJECTIONS  # the seven names mean all of them
         _check_loftq(loftq_config)
@@ -200,25 +221,27 @@ class FastLanguageModel:
             layers_to_transform = _last_layers(model, finetune_last_n_layers, layers_to_transform)
         if target_modules == ALL_LINEAR and layers_to_transform is not None:
             target_modules = [path[-1] for path, _ in lora_tree.linears(model.causal_lm.skeleton)]
-        if not isinstance(target_modules, str):
-            modules_to_save = [*(modules_to_save or ()), *(n for n in target_modules if n in WHOLE_MODULES)]
+        if isinstance(target_modules, list | tuple | set):
+            named = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save or ()
+            modules_to_save = [*named, *(name for name in target_modules if name in WHOLE_MODULES)]
             target_modules = [name for name in target_modules if name not in WHOLE_MODULES]
         config = LoraConfig(
             r=r,
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
-            target_modules=target_modules if isinstance(target_modules, str) else tuple(target_modules),
+            target_modules=_names(target_modules),
             exclude_modules=_names(exclude_modules),
             layers_to_transform=layers_to_transform,  # type: ignore[arg-type]  # any form of it; the config has one
-            layers_pattern=_names(layers_pattern),  # type: ignore[arg-type]
+            layers_pattern=_names(layers_pattern),
             rank_pattern=rank_pattern,  # type: ignore[arg-type]
             alpha_pattern=alpha_pattern,  # type: ignore[arg-type]
             use_rslora=use_rslora,
             use_dora=use_dora,
             bias=bias,
-            modules_to_save=_names(modules_to_save),  # type: ignore[arg-type]
+            modules_to_save=_names(modules_to_save),
+            ensure_weight_tying=ensure_weight_tying,
             init_lora_weights=init_lora_weights,
-        )
+        ).on(tied=model.causal_lm.config.tie_word_embeddings)
         if model.lora is not None:
             if not config.continues(model.causal_lm.lora_config):
                 raise AdapterError(
@@ -231,7 +254,7 @@ class FastLanguageModel:
         causal_lm = dataclasses.replace(model.causal_lm, lora_config=config)
         # First, since it says so if it can't.
         params = base_of(causal_lm, model.params)
-        lora = _fresh_adapter(model, config, jax.random.key(random_state))
+        lora = _fresh_adapter(model, config, jax.random.key(3407 if random_state is None else random_state))
         level(True if use_gradient_checkpointing is None else use_gradient_checkpointing)
         checkpointing = (
             model.gradient_checkpointing if use_gradient_checkpointing is None else use_gradient_checkpointing
@@ -282,9 +305,9 @@ def add_new_tokens(
     model.own_parts |= frozenset(grown)
 
 
-def _resolve_base(adapter: adapters.AdapterFolder, token: str | None) -> Path:
+def _find_base(adapter: adapters.AdapterFolder, find: Callable[..., Path]) -> Path:
     try:
-        return resolve(adapter.base, revision=adapter.revision, token=token)
+        return find(adapter.base, revision=adapter.revision)
     except ModelNotFoundError as error:
         raise ModelNotFoundError(
             f"{adapter.folder / 'adapter_config.json'} names {adapter.base!r} as its base model. {error.found}",
@@ -304,15 +327,26 @@ def base_of(causal_lm: CausalLM, params: Params) -> Params:
 def _fresh_adapter(model: LanguageModel, config: LoraConfig, key: jax.Array) -> Lora:
     if config.init_lora_weights != LOFTQ:
         return lora_init.init(model.params, config, model.module_names, key)
-    with Checkpoint(resolve(model.name_or_path, revision=model.revision)) as checkpoint:
-        original = lambda module: checkpoint.read(f"{module}.weight")
+    with Checkpoint(model.original_folder()) as checkpoint:
+
+        def original(module: str) -> Any:
+            name = f"{module}.weight"
+            dtype = checkpoint.dtype(name)
+            if dtype.itemsize < 2 or not jnp.issubdtype(dtype, jnp.floating):
+                raise AdapterError(
+                    f"init_lora_weights='loftq', and {checkpoint.folder} holds {name} packed.",
+                    expected="the original 16-bit weights: the adapter begins with what packing them loses.",
+                    fix="Load the original model with load_in_4bit=True, or leave init_lora_weights out.",
+                )
+            return checkpoint.read(name)
+
         return lora_init.init(model.params, config, model.module_names, key, original)
 
 
 def _check_loftq(settings: Any) -> None:
     """PEFT's `LoftQConfig`, or a dict."""
-    if settings is not None and not isinstance(settings, Mapping):
-        settings = vars(settings)
+    if not isinstance(settings, Mapping | None):
+        settings = getattr(settings, "__dict__", {"loftq_bits": repr(settings)})
     settings = settings or {}
     bits, iterations = settings.get("loftq_bits", 4), settings.get("loftq_iter", 1)
     if (bits, iterations) != (4, 1):
@@ -326,7 +360,7 @@ def _check_loftq(settings: Any) -> None:
 
 def _last_layers(model: LanguageModel, count: int, layers: Any) -> list[int]:
     total = model.causal_lm.config.num_layers
-    if layers is not None or not 0 < count <= total:
+    if layers is not None or type(count) is not int or not 0 < count <= total:
         raise OptionError(
             f"finetune_last_n_layers={count!r}"
             + (f" beside layers_to_transform={layers!r}." if layers is not None else "."),
@@ -336,8 +370,9 @@ def _last_layers(model: LanguageModel, count: int, layers: Any) -> list[int]:
     return list(range(total - count, total))
 
 
-def _names(given: Sequence[str] | str | None) -> tuple[str, ...] | str | None:
-    return given if given is None or isinstance(given, str) else tuple(given)
+def _names(given: Any) -> Any:
+    """A list as a tuple; LoraConfig says what else may be."""
+    return tuple(given) if isinstance(given, list | set) else given
 
 
 def _refuse_full_finetuning(asked: bool, found: str) -> None:
@@ -347,20 +382,3 @@ def _refuse_full_finetuning(asked: bool, found: str) -> None:
             expected="a whole model in 16 or 32 bits: every weight is trained, as it is.",
             fix="Name the original model; merge an adapter first with save_pretrained_merged.",
         )
-
-
-def _stop_ids(folder: Path, hf: dict, tokenizer: Any) -> tuple[int, ...]:
-    """Every token that the model's files call an end: generation_config.json first, then the config, the tokenizer."""
-    found = [_named_ends(folder, hf), tokenizer.eos_token_id]
-    return tuple(dict.fromkeys(int(i) for ids in found if ids is not None for i in np.atleast_1d(ids)))
-
-
-def _named_ends(folder: Path, hf: dict) -> int | list[int] | None:
-    path = folder / "generation_config.json"
-    generation = json.loads(path.read_text()) if path.is_file() else {}
-    return generation.get("eos_token_id") or hf.get("eos_token_id")
-
-
-def _model_eos(folder: Path, hf: dict) -> int | None:
-    ends = _named_ends(folder, hf)
-    return None if ends is None else int(np.atleast_1d(ends)[0])

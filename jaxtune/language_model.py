@@ -79,6 +79,8 @@ class LanguageModel:
     """Tokens that end a generation."""
     full_finetuning: bool = False
     """Whether a trainer trains `params` themselves, instead of an adapter."""
+    cache_dir: str | Path | None = None
+    """Where the hub's files are kept, if not where huggingface_hub keeps them."""
     own_parts: frozenset[str] = frozenset()
     """The parts of `params` that are not the original checkpoint's: all after full fine-tuning, the embedding and an
     untied head after `add_new_tokens`. What is saved takes them from here."""
@@ -190,7 +192,7 @@ class LanguageModel:
         parse_size(max_shard_size)
         save_merged_16bit(
             save_directory,
-            self._original(token),
+            self.original_folder(token),
             *self._adapter,
             own=self._own_weights,
             config=self.causal_lm.config,
@@ -211,7 +213,7 @@ class LanguageModel:
         check_methods(quantization_method)
         return save_gguf(
             save_directory,
-            self._original(token),
+            self.original_folder(token),
             self.causal_lm.config,
             *self._adapter,
             tokenizer=self.tokenizer if tokenizer is None else tokenizer,
@@ -220,10 +222,10 @@ class LanguageModel:
             own=self._own_weights,
         )
 
-    def _original(self, token: str | None) -> Path:
+    def original_folder(self, token: str | None = None) -> Path:
         """The folder of the original weights, which a merge starts from."""
         try:
-            return resolve(self.name_or_path, revision=self.revision, token=token)
+            return resolve(self.name_or_path, revision=self.revision, token=token, cache_dir=self.cache_dir)
         except ModelNotFoundError as error:
             raise ModelNotFoundError(
                 f"A merge starts from the original 16-bit weights, and {self.name_or_path!r} cannot be reached. "

@@ -29,9 +29,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import pytest
 
+from tests.kit import published
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")  # bfloat16 does not become float32 by accident
 jax.config.update("jax_numpy_rank_promotion", "raise")  # nor does [T] meet [B, T] unnoticed
 jax.config.update("jax_default_matmul_precision", "highest")  # comparisons see algorithms, not TF32
+
+
+def pytest_report_header() -> str:
+    return published.said()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -188,14 +188,33 @@ def test_a_dtype_that_is_none(good):
         FastLanguageModel.from_pretrained(good, dtype="int8")
 
 
-def test_a_length_that_is_none(good):
-    with fails(errors.OptionError, "max_seq_length=0"):
-        load(good, max_seq_length=0)
-
-
 def test_a_mistyped_option(good):
     with fails(errors.OptionError, "max_seq_lenght", "Did you mean 'max_seq_length'"):
         load(good, max_seq_lenght=128)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [1, null]}'])
+def test_generation_settings_that_cannot_be_read(broken, content):
+    (broken / "generation_config.json").write_text(content)
+    with fails(errors.ConfigError, str(broken)):
+        load(broken)
+
+
+@pytest.mark.parametrize("length", ["2048", 2048.0, True, 0, 1])
+def test_a_length_that_is_none(good, length):
+    with fails(errors.OptionError, "max_seq_length="):
+        load(good, max_seq_length=length)
+
+
+def test_other_libraries_names(good):
+    """What scripts pass by habit; our own models need no code of theirs."""
+    model, _ = FastLanguageModel.from_pretrained(
+        good, torch_dtype="float16", trust_remote_code=True, attn_implementation="flash_attention_2",
+        gpu_memory_utilization=0.6, max_lora_rank=32,
+    )  # fmt: skip
+    assert model.params["norm"]["weight"].dtype == "float16"
+    model, _ = FastLanguageModel.from_pretrained(good, dtype="auto")
+    assert model.params["norm"]["weight"].dtype == "float32"
 
 
 def test_an_option_that_is_not_here_yet(good):
@@ -210,6 +229,33 @@ def test_an_option_that_is_not_here_yet(good):
 def test_a_rank_that_is_none(model, r):
     with fails(errors.AdapterError, f"r={r!r}"):
         FastLanguageModel.get_peft_model(model, r=r)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("target_modules", [1]),
+        ("exclude_modules", 5),
+        ("modules_to_save", [None]),
+        ("rank_pattern", 5),
+        ("alpha_pattern", {1: 2}),
+        ("lora_dropout", "much"),
+        ("lora_dropout", None),
+        ("loftq_config", 3),
+        ("finetune_last_n_layers", 1.5),
+    ],
+)
+def test_a_setting_of_another_kind(model, name, value):
+    with fails((errors.AdapterError, errors.OptionError), name):
+        FastLanguageModel.get_peft_model(model, **{name: value})
+
+
+def test_settings_that_may_be_left_open(model):
+    open_ones = FastLanguageModel.get_peft_model(
+        model, target_modules=None, random_state=None, modules_to_save="lm_head"
+    )
+    said = FastLanguageModel.get_peft_model(model, modules_to_save=["lm_head"])
+    assert open_ones.causal_lm == said.causal_lm
 
 
 @pytest.mark.parametrize(
@@ -236,9 +282,11 @@ def test_targets_that_match_nothing(model, targets):
         ({"rank_pattern": {"q_proj": 0}}, ["rank_pattern['q_proj']=0"]),
         ({"rank_pattern": {"q_porj": 4}}, ["'q_porj'", "Did you mean 'q_proj'"]),
         ({"alpha_pattern": {"(up_proj": 4}}, ["'(up_proj'", "regular expression"]),
-        ({"init_lora_weights": "pissa"}, ["'pissa'", "4-bit"]),
+        ({"init_lora_weights": "pissa"}, ["'pissa'", "packed"]),
         ({"init_lora_weights": "pissa", "lora_alpha": 0}, ["alpha of 0"]),
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 5}}, ["5 iterations"]),
+        ({"use_dora": True, "target_modules": ".*(q_proj|lm_head)"}, ["use_dora=True", "has lm_head"]),
+        ({"init_lora_weights": "loftq", "target_modules": ".*tokens"}, ["'loftq'", "has embed_tokens"]),
     ],
 )
 def test_adapter_settings_that_cannot_be(model, settings, words):
@@ -309,19 +357,27 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda f: edit_adapter_config(f, trainable_token_indices=[1]), ["trainable_token_indices=[1]"]),
         (
             lambda f: edit_adapter_config(f, target_modules=["q_proj", "embed_tokens"]),
-            ["LoRA on embed_tokens"],
+            ["no tensor", "model.embed_tokens.lora_embedding_"],
         ),
         (
-            lambda f: edit_adapter_config(f, modules_to_save=["lm_head"], ensure_weight_tying=True),
-            ["ensure_weight_tying=True"],
+            lambda f: edit_adapter_config(f, target_modules=["q_proj", "lm_head"], use_dora=True),
+            ["use_dora=True", "lm_head"],
+        ),
+        (
+            lambda f: edit_adapter_config(
+                f, target_modules=".*(embed_tokens|v_proj)", init_lora_weights="pissa"
+            ),
+            ["'pissa'", "embed_tokens"],
         ),
         (lambda f: edit_adapter_config(f, peft_type="IA3"), ["'IA3'"]),
+        (lambda f: edit_adapter_config(f, rank_pattern=["q_proj"]), []),
+        (lambda f: edit_adapter_config(f, lora_dropout="0.1"), []),
         (lambda f: edit_adapter_config(f, target_modules=["q_proj"]), ["belong to no targeted module"]),
         (lambda f: edit_adapter_weights(f, lambda t: t.pop(A)), [A, "no tensor"]),
         (lambda f: edit_adapter_weights(f, lambda t: t.update({"x." + A: t.pop(A)})), [A]),
         (lambda f: edit_adapter_weights(f, lambda t: t[A].fill(np.nan)), ["NaN"]),
         (lambda f: (f / "adapter_config.json").write_text("{"), ["not JSON"]),
-        (lambda f: edit_adapter_config(f, init_lora_weights="pissa"), ["'pissa'", "4-bit"]),
+        (lambda f: edit_adapter_config(f, init_lora_weights="pissa"), ["'pissa'", "packed"]),
         (lambda f: edit_adapter_config(f, init_lora_weights="pissa_niter_4"), ["'pissa_niter_4'"]),
         (lambda f: edit_adapter_config(f, init_lora_weights="loftq"), ["'loftq'"]),
     ],
@@ -331,9 +387,12 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         "a whole head",
         "a whole module that is unknown",
         "single tokens",
-        "low-rank embeddings",
-        "tied modules",
+        "a low-rank embedding",
+        "dora on the head",
+        "pissa on the embedding",
         "another method",
+        "ranks that are no map",
+        "dropout that is no number",
         "fewer targets",
         "a factor missing",
         "wrong prefix",

@@ -17,11 +17,12 @@ import numpy as np
 from jaxtune.errors import AdapterError, CheckpointError
 from jaxtune.export.weights import Weight
 from jaxtune.loading.checkpoint import Checkpoint
-from jaxtune.lora.config import EMBEDDING, HEAD, LOFTQ, PISSA, LoraConfig, ModuleNames
+from jaxtune.lora import config as lora_config
+from jaxtune.lora.config import LOFTQ, PISSA, LoraConfig, ModuleNames
 from jaxtune.lora.init import rest_of
 from jaxtune.lora.tree import Tree, layers
 
-HEAD_WEIGHT = f"{HEAD}.weight"
+EMBEDDING_WEIGHT, HEAD_WEIGHT = f"{lora_config.EMBEDDING_PATH}.weight", f"{lora_config.HEAD_PATH}.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,13 @@ class MergedCheckpoint:
                 fix="Save the adapter, and use it on the base in 4 bits.",
             )
         changes = dict(_changes(lora, config, module_names))
-        unties = tied and any(name in lora for name in (EMBEDDING, HEAD))
+        unties = (
+            tied
+            and not config.ensure_weight_tying
+            and any(name in lora for name in lora_config.WHOLE_MODULES)
+        )
+        if config.ensure_weight_tying and EMBEDDING_WEIGHT in changes and HEAD_WEIGHT in checkpoint.names:
+            changes[HEAD_WEIGHT] = changes[EMBEDDING_WEIGHT]  # stored, though it is the embedding
         merged = cls(checkpoint, changes, own, unties)
         for name, change in changes.items():
             _require_fit(merged, merged.origin(name), change.shape)
@@ -135,7 +142,7 @@ class MergedCheckpoint:
 
     def origin(self, name: str) -> str:
         """The tensor of the checkpoint that this one is made of: of a tied head, the embedding."""
-        return f"model.{EMBEDDING}.weight" if self.unties and name == HEAD_WEIGHT else name
+        return EMBEDDING_WEIGHT if self.unties and name == HEAD_WEIGHT else name
 
 
 def _changes(lora: Tree, config: LoraConfig, module_names: ModuleNames) -> Iterator[tuple[str, Change]]:

@@ -19,13 +19,13 @@ from jaxtune.export.weights import Weight
 from jaxtune.folders import staged
 from jaxtune.loading.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from jaxtune.loading.config import CONFIG_FILE, read_config
+from jaxtune.loading.ends import GENERATION_FILE
 from jaxtune.lora import peft_format
 from jaxtune.lora.config import LoraConfig, ModuleNames
 from jaxtune.lora.tree import Tree
 from jaxtune.models import context
 from jaxtune.models.config import ModelConfig
 
-GENERATION_FILE = "generation_config.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", SENTENCEPIECE_FILE,

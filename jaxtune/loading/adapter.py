@@ -31,10 +31,12 @@ def is_adapter(folder: Path) -> bool:
 def read_config(folder: Path) -> AdapterFolder:
     path = folder / peft_format.CONFIG_FILE
     try:
-        peft: dict[str, Any] = json.loads(path.read_text())
+        peft: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(peft, dict):
+            raise ValueError(f"it holds a {type(peft).__name__}")
     except ValueError as error:
         raise AdapterError(
-            f"{path} is not JSON: {error}.",
+            f"{path} is not JSON with an adapter's settings: {error}.",
             expected="the settings that PEFT wrote.",
             fix="Save the adapter again.",
         ) from error
@@ -45,7 +47,15 @@ def read_config(folder: Path) -> AdapterFolder:
             expected="base_model_name_or_path.",
             fix="Add the id or folder of the model that the adapter was trained on.",
         )
-    return AdapterFolder(folder, peft_format.from_peft_config(peft, str(path)), base, peft.get("revision"))
+    try:
+        config = peft_format.from_peft_config(peft, str(path))
+    except (TypeError, ValueError, AttributeError) as error:  # a number where a list should be, and the like
+        raise AdapterError(
+            f"{path} holds a setting of the wrong kind: {error}.",
+            expected="the settings that PEFT wrote.",
+            fix="Correct it, or save the adapter again.",
+        ) from error
+    return AdapterFolder(folder, config, base, peft.get("revision"))
 
 
 class Adapted(NamedTuple):
@@ -70,13 +80,14 @@ def read_weights(adapter: AdapterFolder, base: CausalLM) -> Adapted:
             fix="Use an adapter from before its training diverged.",
         )
     c = base.config
+    settings = adapter.config.on(tied=c.tie_word_embeddings)
     tables, rows = take_tables(
-        tensors, adapter.config, base.module_names, (c.vocab_size, c.hidden_size), str(path),
+        tensors, settings, base.module_names, (c.vocab_size, c.hidden_size), str(path),
         tied=c.tie_word_embeddings,
     )  # fmt: skip
     config = dataclasses.replace(c, vocab_size=rows)
-    model = dataclasses.replace(base, config=config, lora_config=adapter.config)
-    lora = peft_format.from_tensors(tensors, adapter.config, model.skeleton, model.module_names, str(path))
+    model = dataclasses.replace(base, config=config, lora_config=settings)
+    lora = peft_format.from_tensors(tensors, settings, model.skeleton, model.module_names, str(path))
     return Adapted(model, lora, tables)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 from jaxtune.errors import ConfigError, ModelNotFoundError, UnsupportedModelError, nearest
 
 CONFIG_FILE = "config.json"
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""What every config says for itself. transformers would take another model's: 32 heads where a file forgot its 16."""
 DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -22,7 +24,8 @@ def read_config(folder: str | Path, supported: Collection[str] | None = None) ->
     path = Path(folder) / CONFIG_FILE
     raw = _read_json(path)
     _check_dtype(path, raw)
-    _require_supported(path, _model_type(path, raw), supported)
+    _require_supported(path, _model_type(path, raw), supported, has_own_code="auto_map" in raw)
+    _require_sizes(path, raw)
     config = _normalise(path, raw)
     # transformers may read a config as another type than it says (mistral with `layer_types` is ministral).
     _require_supported(path, config["model_type"], supported)
@@ -87,12 +90,33 @@ def _model_type(path: Path, raw: dict[str, Any]) -> str:
     return model_type
 
 
-def _require_supported(path: Path, model_type: str, supported: Collection[str] | None) -> None:
+def _require_supported(
+    path: Path, model_type: str, supported: Collection[str] | None, *, has_own_code: bool = False
+) -> None:
     if supported is not None and model_type not in supported:
         raise UnsupportedModelError(
             f"{path} has the `model_type` {model_type!r}, which jaxtune has no definition for.",
             expected=f"One of {', '.join(sorted(supported))}.",
-            fix="Use a model of one of these families." + nearest(model_type, supported),
+            fix="Use a model of one of these families."
+            + (" This one's own code is never run." if has_own_code else _meant(model_type, supported)),
+        )
+
+
+def _meant(model_type: str, supported: Collection[str]) -> str:
+    """The name that was probably meant; a mixtral is no mistyped mistral."""
+    import transformers
+
+    return "" if model_type in transformers.CONFIG_MAPPING else nearest(model_type, supported)
+
+
+def _require_sizes(path: Path, raw: dict[str, Any]) -> None:
+    if "text_config" in raw:  # a larger model, which says them there
+        return
+    if missing := [name for name in SIZES if raw.get(name) is None]:
+        raise ConfigError(
+            f"{path} lacks {', '.join(missing)}.",
+            expected="every size of the model: a default would be that of another one.",
+            fix="Add what is missing, or fetch the model's own config.json again.",
         )
 
 

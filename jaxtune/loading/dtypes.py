@@ -29,8 +29,8 @@ def dtypes(
 
 
 def compute_dtype(dtype: Any) -> jnp.dtype:
-    """A name, a numpy, JAX or torch dtype, or None for this machine's best -> float32, bfloat16 or float16."""
-    if dtype is None:
+    """float32, bfloat16 or float16, from a name or a library's dtype; None and "auto" are this machine's best."""
+    if dtype is None or dtype == "auto":
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     try:
         name = str(dtype).removeprefix("torch.") if "torch" in str(dtype) else jnp.dtype(dtype).name

@@ -18,7 +18,14 @@ WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.
 UNWANTED = ("*/*", "consolidated*.safetensors", "tekken.json")
 
 
-def resolve(name_or_path: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
+def resolve(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
     """The model's local folder: `name_or_path` if it is one, else the hub's model of that id, fetched."""
     name = str(name_or_path)
     path = Path(os.path.expanduser(name))
@@ -32,7 +39,7 @@ def resolve(name_or_path: str | Path, *, revision: str | None = None, token: str
         )
     if isinstance(name_or_path, Path) or not _could_be_hub_id(name):
         raise _no_such_folder(name, path)
-    folder = _download(name, revision, token)
+    folder = _download(name, revision, token, cache_dir, local_files_only)
     _require_loadable_weights(folder, name, token)
     return folder
 
@@ -59,16 +66,28 @@ def _no_such_folder(name: str, path: Path) -> ModelNotFoundError:
     )
 
 
-def _download(repo: str, revision: str | None, token: str | None) -> Path:
+def _download(
+    repo: str,
+    revision: str | None,
+    token: str | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         folder = snapshot_download(
-            repo, revision=revision, token=token, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
+            repo,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            allow_patterns=list(WANTED),
+            ignore_patterns=list(UNWANTED),
         )
     # The client's errors, its HTTP library's and its transfer library's have no base in common but this.
     except Exception as error:
-        raise _explain(error, repo, revision) from error
+        raise _explain(error, repo, revision, local_files_only) from error
     return Path(folder)
 
 
@@ -87,7 +106,9 @@ def _require_loadable_weights(folder: Path, repo: str, token: str | None) -> Non
         raise error
 
 
-def _explain(error: Exception, repo: str, revision: str | None) -> JaxtuneError:
+def _explain(
+    error: Exception, repo: str, revision: str | None, local_files_only: bool = False
+) -> JaxtuneError:
     """Which of the reasons why a model cannot be fetched `error` stands for."""
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -107,7 +128,9 @@ def _explain(error: Exception, repo: str, revision: str | None) -> JaxtuneError:
     if isinstance(cause, RepositoryNotFoundError):
         return _no_repository(repo)
     if isinstance(cause, OfflineModeIsEnabled):
-        return _offline(repo, revision)
+        return _offline(repo, revision, "HF_HUB_OFFLINE")
+    if local_files_only and isinstance(cause, LocalEntryNotFoundError):
+        return _offline(repo, revision, "local_files_only=True")
     status = getattr(getattr(cause, "response", None), "status_code", None)
     if status in (401, 403):
         return _refused(repo, status)
@@ -144,12 +167,12 @@ def _no_repository(repo: str) -> ModelNotFoundError:
     )
 
 
-def _offline(repo: str, revision: str | None) -> ModelNotFoundError:
+def _offline(repo: str, revision: str | None, by: str) -> ModelNotFoundError:
     return ModelNotFoundError(
         f"There is no folder {repo!r}, the cache has no whole copy of it"
-        f"{f' at revision {revision!r}' if revision else ''}, and HF_HUB_OFFLINE forbids asking the hub.",
+        f"{f' at revision {revision!r}' if revision else ''}, and {by} forbids asking the hub.",
         expected="A folder, or a model that has been downloaded before.",
-        fix="Unset HF_HUB_OFFLINE once to download it, or point HF_HOME at the cache that has it.",
+        fix=f"Leave {by} out once to download it; or point HF_HOME, or cache_dir, at the cache that has it.",
     )
 
 

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxtune import quant
-from jaxtune.errors import CheckpointError, OptionError
+from jaxtune.errors import CheckpointError, OptionError, nearest
 from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.loading.stored import Source, recognise
 from jaxtune.log import get_logger
@@ -21,6 +22,7 @@ from jaxtune.quant import Format, FourBit, PackedArray, Unpacked
 log = get_logger(__name__)
 
 DEFAULT = FourBit()
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CHUNK = 64 << 20
 """Bytes of a large table (embedding, head) that are handled at once, so that no copy of it is ever whole."""
 
@@ -57,6 +59,8 @@ def plan(
         ]
         for path, shape in shapes.items()
     }
+    if model.config.tie_word_embeddings:
+        _require_tied(checkpoint)
     _report_unknown(model, checkpoint, [source for each in sources.values() for source in each])
     if own := [source.name for each in sources.values() for source in each if source.has_own_maps]:
         log.warning("%s: the value maps of %d weights differ from bitsandbytes' of today in their last bits: %s.",
@@ -128,11 +132,30 @@ def _require_all(model: CausalLM, checkpoint: Checkpoint, paths: list[names.Path
     expected = [name for path in paths for name in names.hf_names(model.config, path)]
     missing = [name for name in expected if name not in checkpoint]
     if missing:
+        renamed = nearest(missing[0], checkpoint.names) if len(missing) > len(expected) / 2 else ""
         raise CheckpointError(
             f"{checkpoint.folder} lacks {len(missing)} of the {len(expected)} weights that its config asks for: "
             f"{some(missing)}.",
             expected="every weight of the architecture.",
-            fix="Download the model again; if it is an adapter, name its folder with its adapter_config.json.",
+            fix="Download the model again; if it is an adapter, name its folder with its adapter_config.json."
+            + renamed,
+        )
+
+
+def _require_tied(checkpoint: Checkpoint) -> None:
+    """A head that is stored though it is tied has to be the embedding once more. transformers unties it otherwise."""
+    if HEAD not in checkpoint:
+        return
+    head, embedding = (checkpoint.read(name).view(np.uint8) for name in (HEAD, EMBEDDING))
+    rows = max(1, CHUNK // embedding.shape[1])
+    pieces = [slice(start, start + rows) for start in range(0, len(embedding), rows)]
+    if len(head) != len(embedding) or not all(
+        np.array_equal(head[piece], embedding[piece]) for piece in pieces
+    ):
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json ties the head to the embedding, and {HEAD} is not {EMBEDDING}.",
+            expected="one matrix for both, or a config that does not tie them.",
+            fix='If the head was trained apart, set "tie_word_embeddings": false in config.json.',
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from jaxtune.errors import OptionError, UnsupportedModelError
 from jaxtune.quant import Float8, Format, FourBit, Int8, Unpacked
 
+NEVER_PACKED = ("embed_tokens", "lm_head")
 KNOWN_METHODS = ("bitsandbytes", "fp8")
 
 
@@ -66,6 +67,13 @@ def _from_config(config: Any) -> Format:
         found = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
         return default if found is None else found
 
+    spared = [name for name in get("llm_int8_skip_modules", ()) if name not in NEVER_PACKED]
+    if spared:
+        raise OptionError(
+            f"quantization_config has llm_int8_skip_modules with {', '.join(map(repr, spared))}.",
+            expected=f"at most {' and '.join(NEVER_PACKED)}: every linear of the layers is packed.",
+            fix="Leave llm_int8_skip_modules out, or load_in_16bit=True.",
+        )
     in_4bit, in_8bit = bool(get("load_in_4bit", False)), bool(get("load_in_8bit", False))
     if in_4bit == in_8bit:
         raise OptionError(
@@ -91,10 +99,10 @@ def require_known(hf: Mapping[str, Any], folder: Path) -> None:
     quantization = hf.get("quantization_config")
     if not quantization:
         return
-    method = quantization.get("quant_method") or str(quantization.get("quant_algo", "unknown")).lower()
+    method = quantization.get("quant_method") or str(quantization.get("quant_algo", "")).lower()
     if method not in KNOWN_METHODS:
         raise UnsupportedModelError(
-            f"{folder} holds weights that are quantised already ({method}).",
+            f"{folder} holds weights that are quantised already ({method or json.dumps(quantization)}).",
             expected=f"weights in 16 or 32 bits, or quantised by {' or '.join(KNOWN_METHODS)}.",
             fix="Name the original model instead of its quantised copy: load_in_4bit quantises it while it loads.",
         )

@@ -48,7 +48,7 @@ def load_tokenizer(
     folder = Path(folder)
     _require_vocabulary(folder)
     tokenizer = _load(folder)
-    if tokenizer.eos_token is None and eos_token_id is not None:
+    if tokenizer.eos_token is None and eos_token_id in tokenizer.get_vocab().values():
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos_token_id)
         log.info("the tokenizer names no eos token; the model's own is %r", tokenizer.eos_token)
     _ensure_pad_token(tokenizer, folder, vocab_size)

@@ -38,6 +38,20 @@ def delta(x: jax.Array, adapter: Adapter) -> jax.Array:
     return (x @ a.T) @ b.T
 
 
+def lookup(weight: jax.Array, tokens: jax.Array, adapter: Adapter) -> jax.Array:
+    """Rows of an embedding [V, M], in its dtype: W[t] + s B[t] A, summed in float32. Nothing is dropped, as in PEFT."""
+    change = adapter["scale"] * adapter["b"][tokens] @ adapter["a"]
+    return (weight[tokens].astype(jnp.float32) + change).astype(weight.dtype)
+
+
+def parts(
+    x: jax.Array, weight: jax.Array, adapter: Adapter
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """The product as a sum of products x W^T that are still to be taken: ((x, A x), (W, s B))."""
+    a, b = adapter["a"].astype(x.dtype), (adapter["scale"] * adapter["b"]).astype(x.dtype)
+    return (x, _drop(x, adapter) @ a.T), (weight, b)
+
+
 def bias(own: jax.Array, adapter: Adapter | None) -> jax.Array:
     """The bias [out] that holds: the trained one where there is one."""
     if adapter is None or "bias" not in adapter:

@@ -11,11 +11,13 @@ from typing import Any
 from jaxtune.errors import AdapterError
 
 ALL_LINEAR = "all-linear"
-"""Every linear inside the layers."""
+"""Every linear inside the layers: not the embedding, nor the head."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 WHOLE_MODULES = (EMBEDDING, HEAD)
 """What may be trained whole."""
+EMBEDDING_PATH, HEAD_PATH = f"model.{EMBEDDING}", HEAD
+"""Their Hugging Face paths."""
 BIASES = ("none", "lora_only", "all")
 PISSA = "pissa"
 LOFTQ = "loftq"
@@ -56,13 +58,18 @@ class LoraConfig:
     """Whose biases are trained too: of no module, of those with an adapter ("lora_only"), or "all"."""
     modules_to_save: tuple[str, ...] = ()
     """Trained whole, beside the adapter: embed_tokens, lm_head."""
+    ensure_weight_tying: bool = False
+    """Whether a head that is the embedding remains it, as that is trained; else each is trained apart. See `on`."""
     init_lora_weights: bool | str = True
     """How A and B begin: True (A uniform, B zero), "gaussian" (A normal, B zero), False (both uniform), "pissa" (as the
-    base's principal part, which it loses), "loftq" (as most of what the base lost to 4 bits)."""
+    base's principal part, which it loses), "loftq" (as most of what the base lost to 4 bits). What is uniform is normal
+    in an embedding's. The last two, and DoRA, are for linears inside the layers."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _canonical(field.name, getattr(self, field.name)))
+            given = getattr(self, field.name)
+            _require_kind(field.name, given)
+            object.__setattr__(self, field.name, _canonical(field.name, given))
         _require_rank("r", self.r)
         for pattern, rank in self.rank_pattern:
             _require_rank(f"rank_pattern[{pattern!r}]", rank)
@@ -100,6 +107,7 @@ class LoraConfig:
             for pattern, _ in getattr(self, name):
                 _require_regex(f"{name}'s key {pattern!r}", pattern)
         self._require_layers()
+        self._require_plain_outside_layers()
 
     def _require_layers(self) -> None:
         layers = self.layers_to_transform
@@ -122,6 +130,45 @@ class LoraConfig:
                 fix="Correct it, or leave it out for all layers.",
             )
 
+    def _require_plain_outside_layers(self) -> None:
+        how = "use_dora=True" if self.use_dora else f"init_lora_weights={self.init_lora_weights!r}"
+        if not self.use_dora and self.init_lora_weights not in (PISSA, LOFTQ):
+            return
+        for module in (EMBEDDING_PATH, HEAD_PATH):
+            if self.targets(module):
+                name = module.rpartition(".")[2]
+                raise AdapterError(
+                    f"{how} beside target_modules={self.target_modules!r}, which has {name}.",
+                    expected=f"linears inside the layers: {name} can have plain LoRA only.",
+                    fix=f"Leave one of the two out, or train {name} whole, as modules_to_save=[{name!r}]. An adapter "
+                    "that has both: merge it with peft first.",
+                )
+
+    def on(self, *, tied: bool) -> "LoraConfig":
+        """What the settings mean for a model, and PEFT makes of them: where embedding and head are two,
+        `ensure_weight_tying` means nothing; where they are one, what is asked of the head is asked of the embedding."""
+        if not self.ensure_weight_tying:
+            return self
+        if not tied:
+            return dataclasses.replace(self, ensure_weight_tying=False)
+        as_embedding = lambda names: tuple(EMBEDDING if name == HEAD else name for name in names)
+        targets = self.target_modules
+        if isinstance(targets, tuple):
+            targets = as_embedding(targets)
+        elif selects(targets, HEAD_PATH) and not selects(targets, EMBEDDING_PATH):
+            targets = f"{targets}|{re.escape(EMBEDDING_PATH)}"
+        settings = dataclasses.replace(
+            self, target_modules=targets, modules_to_save=as_embedding(self.modules_to_save)
+        )
+        scales = [settings.scale_of(module) for module in (EMBEDDING_PATH, HEAD_PATH)]
+        if settings.targets(EMBEDDING_PATH) and scales[0] != scales[1]:
+            raise AdapterError(
+                f"ensure_weight_tying=True; patterns scale {EMBEDDING} by {scales[0]:g}, {HEAD} by {scales[1]:g}.",
+                expected="one rank and one alpha for both, which are one.",
+                fix=f"Give {EMBEDDING} and {HEAD} the same in rank_pattern and alpha_pattern.",
+            )
+        return settings
+
     def continues(self, other: "LoraConfig | None") -> bool:
         """Whether both mean the same once the adapter has begun."""
         if other is None or (self.init_lora_weights == PISSA) != (other.init_lora_weights == PISSA):
@@ -135,10 +182,12 @@ class LoraConfig:
 
     def targets(self, module: str) -> bool:
         """Whether a module, by its Hugging Face path ("model.layers.0.self_attn.q_proj"), gets an adapter."""
-        if selects(self.exclude_modules, module):
+        if selects(self.exclude_modules, module) or selects(self.modules_to_save, module):
+            return False
+        if module == HEAD_PATH and self.ensure_weight_tying:
             return False
         if self.target_modules == ALL_LINEAR:
-            return True
+            return module not in (EMBEDDING_PATH, HEAD_PATH)
         # As PEFT: a module that is named with its whole path is meant, whatever its layer.
         return module in self.target_modules or (
             selects(self.target_modules, module) and self._in_layers(module)
@@ -217,6 +266,29 @@ def _canonical(name: str, value: Any) -> Any:
                 return PISSA
             return value.lower() if isinstance(value, str) else value
     return value
+
+
+def _require_kind(name: str, value: Any) -> None:
+    """Names are strings, patterns mappings (or pairs), a share is a number."""
+    match name:
+        case "target_modules" | "exclude_modules" | "modules_to_save" | "layers_pattern":
+            expected = "a name, or a list of names."
+            listed = isinstance(value, list | tuple | set | frozenset)
+            good = (
+                value is None or isinstance(value, str) or (listed and all(isinstance(n, str) for n in value))
+            )
+        case "rank_pattern" | "alpha_pattern":
+            expected = "a dict of module names, each with its number."
+            pairs = value.items() if isinstance(value, Mapping) else value
+            listed = isinstance(pairs, tuple) or isinstance(value, Mapping)
+            good = value is None or (listed and all(len(p) == 2 and isinstance(p[0], str) for p in pairs))
+        case "lora_dropout":
+            expected = "a number."
+            good = isinstance(value, int | float) and not isinstance(value, bool)
+        case _:
+            return
+    if not good:
+        raise AdapterError(f"{name}={value!r}.", expected=expected, fix=f"Correct it, or leave {name} out.")
 
 
 def _require_rank(name: str, rank: Any) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtune.errors import AdapterError, nearest
 from jaxtune.lora.apply import dense, row_lengths
 from jaxtune.lora.config import EMBEDDING, LOFTQ, PISSA, LoraConfig, ModuleNames, matches, selects
-from jaxtune.lora.tree import Tree, at, insert, linears, modules
+from jaxtune.lora.tree import Tree, adaptable, at, insert, linears, modules
 
 Original = Callable[[str], np.ndarray]
 """A module's weight as it was before it was packed, by its Hugging Face path."""
@@ -32,17 +32,19 @@ def init(
 ) -> Tree:
     """The adapter for `params`, of which plain LoRA needs the shapes only.
 
-    A is uniform as PEFT's (Kaiming, a = sqrt 5, so within 1 / sqrt(in)), B zero. With "pissa", `params` are the
-    weights before it takes its part; "loftq" asks for the `original` ones of packed `params`."""
+    A is uniform as PEFT's (Kaiming, a = sqrt 5, so within 1 / sqrt(in)), that of an embedding normal, B zero. With
+    "pissa", `params` are the weights before it takes its part; "loftq" asks for the `original` ones of packed
+    `params`."""
     adapter: Tree = {}
-    for n, (path, shape) in enumerate(linears(params)):
+    for n, (path, shape) in enumerate(adaptable(params)):
         names = module_names(path)
         ranks = [config.rank_of(name) for name in names]
         if any(ranks):
             if config.init_lora_weights in (PISSA, LOFTQ):
                 ab = _stack_principals(at(params, path)["weight"], config, names, original)
             else:
-                ab = _draw(config, shape, np.array(ranks), jax.random.fold_in(key, n))
+                draw = _draw_for_embedding if path == (EMBEDDING,) else _draw
+                ab = draw(config, shape, np.array(ranks), jax.random.fold_in(key, n))
             insert(adapter, path, ab)
     _require_all_found(adapter, params, config, module_names)
     if config.use_dora:
@@ -72,7 +74,7 @@ def without_principal(params: Tree, config: LoraConfig, module_names: ModuleName
         weight = at(params, path)["weight"]
         if hasattr(weight, "dequantize"):
             raise AdapterError(
-                "init_lora_weights='pissa' on a 4-bit base.",
+                "init_lora_weights='pissa' on a packed base.",
                 expected="16-bit or 32-bit weights: the rest of one would have to be quantised anew, and then neither "
                 "a merge nor another program would find the same base again.",
                 fix="Load the model with load_in_4bit=False, or leave init_lora_weights out.",
@@ -110,6 +112,18 @@ def _draw(config: LoraConfig, shape: tuple[int, ...], ranks_N: np.ndarray, key: 
     if used_NR.all():
         return {"a": a, "b": b}
     return {"a": jnp.where(used_NR[:, :, None], a, 0), "b": jnp.where(used_NR[:, None, :], b, 0)}
+
+
+def _draw_for_embedding(
+    config: LoraConfig, shape: tuple[int, ...], ranks_1: np.ndarray, key: jax.Array
+) -> Tree:
+    """Normal, as PEFT's, whatever the settings call it."""
+    _, out, inn = shape
+    r = int(ranks_1[0])
+    b = jnp.zeros((1, out, r), jnp.float32)
+    if config.init_lora_weights is False:
+        b = jax.random.normal(jax.random.fold_in(key, 1), b.shape, jnp.float32)
+    return {"a": jax.random.normal(key, (1, r, inn), jnp.float32), "b": b}
 
 
 def _stack_principals(weight: Any, config: LoraConfig, names: list[str], original: Original | None) -> Tree:
@@ -184,8 +198,8 @@ def _whole(params: Tree, name: str) -> jax.Array:
 
 def _require_all_found(adapter: Tree, params: Tree, config: LoraConfig, module_names: ModuleNames) -> None:
     """Whatever the settings name has to be there."""
-    every = [name for path, _ in linears(params) for name in module_names(path)]
-    known = sorted({path[-1] for path, _ in linears(params)})
+    every = [name for path, _ in adaptable(params) for name in module_names(path)]
+    known = sorted({path[-1] for path, _ in adaptable(params)})
     targets = config.target_modules
     idle: list[str] = []
     if isinstance(targets, tuple):
@@ -201,7 +215,7 @@ def _require_all_found(adapter: Tree, params: Tree, config: LoraConfig, module_n
         )
     if idle:
         raise AdapterError(
-            f"target_modules={idle[0]!r} matches no linear of this model's layers, or none that other settings leave.",
+            f"target_modules={idle[0]!r} matches no linear of this model, or none that other settings leave.",
             expected=f"some of {', '.join(known)}.",
             fix=f"Correct it, or leave it out.{nearest(idle[0], known)}",
         )

@@ -2,6 +2,8 @@
 
 Of each layer's module: `base_model.model.<module>.lora_A.weight` [r, in], `.lora_B.weight` [out, r] in its own rank,
 with DoRA `.lora_magnitude_vector` [out], a trained bias, and of a module that is trained whole its plain `.weight`.
+Of the embedding, which PEFT takes for a linear of one-hot inputs, `.lora_embedding_A` [r, V] and `.lora_embedding_B`
+[M, r]: our b and a, turned. A head that remains the embedding is written as well, with the same values.
 """
 
 from collections.abc import Iterator
@@ -10,13 +12,15 @@ from typing import Any
 import numpy as np
 
 from jaxtune.errors import AdapterError
-from jaxtune.lora.config import EMBEDDING, HEAD, LOFTQ, PISSA, LoraConfig, ModuleNames
-from jaxtune.lora.tree import Tree, at, cut, insert, layers, linears
+from jaxtune.lora.config import EMBEDDING, EMBEDDING_PATH, HEAD_PATH, LOFTQ, PISSA, LoraConfig, ModuleNames
+from jaxtune.lora.tree import Tree, adaptable, at, cut, insert, layers
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector", "weight": "weight"}
+_TURNED = {"a": "lora_embedding_B", "b": "lora_embedding_A"}
+"""Of the embedding."""
 
 UNDERSTOOD_ONLY_AS: dict[str, Any] = {
     "fan_in_fan_out": False,
@@ -56,7 +60,8 @@ PLAIN_INITS = (True, False, None, "gaussian", "orthogonal")
 
 def tensor_name(module: str, leaf: str, *, adapted: bool = True) -> str:
     """A bias stays with its linear, which PEFT wraps where there is an adapter."""
-    suffix = _SUFFIXES.get(leaf) or ("base_layer.bias" if adapted else "bias")
+    suffixes = {**_SUFFIXES, **_TURNED} if module == EMBEDDING_PATH else _SUFFIXES
+    suffix = suffixes.get(leaf) or ("base_layer.bias" if adapted else "bias")
     return f"{PREFIX}{module}.{suffix}"
 
 
@@ -91,6 +96,8 @@ def to_peft_config(config: LoraConfig, base: str, revision: str | None) -> dict[
         keys["loftq_config"] = {"loftq_bits": 4, "loftq_iter": 1}
     if config.exclude_modules is not None:  # younger than the others
         keys["exclude_modules"] = listed(config.exclude_modules)
+    if config.ensure_weight_tying:
+        keys["ensure_weight_tying"] = True
     return dict(sorted(keys.items()))
 
 
@@ -125,14 +132,7 @@ def from_peft_config(peft: dict[str, Any], source: str) -> LoraConfig:
             expected="the modules that the adapter belongs to.",
             fix="Save the adapter again with peft, which writes them.",
         )
-    _refuse_low_rank_embeddings(targets, source)
     whole = tuple(name.rpartition(".")[2] for name in peft.get("modules_to_save") or ())
-    if whole and peft.get("ensure_weight_tying"):
-        raise AdapterError(
-            f"{source} sets ensure_weight_tying=True beside modules_to_save={list(whole)}.",
-            expected="modules that are saved each for itself.",
-            fix="Merge that adapter with peft first.",
-        )
     return LoraConfig(
         r=peft.get("r", 8),
         lora_alpha=peft.get("lora_alpha", 8),
@@ -143,9 +143,7 @@ def from_peft_config(peft: dict[str, Any], source: str) -> LoraConfig:
     )
 
 
-_SPECIAL = {
-    "ensure_weight_tying", "init_lora_weights", "lora_alpha", "modules_to_save", "r", "target_modules",
-}  # fmt: skip
+_SPECIAL = {"init_lora_weights", "lora_alpha", "modules_to_save", "r", "target_modules"}
 
 
 def to_tensors(
@@ -154,8 +152,16 @@ def to_tensors(
     adapter = _on_host(adapter)
     for module, leaves in layers(adapter, config, module_names):
         for leaf, one in leaves.items():
-            name = tensor_name(module, leaf, adapted=config.targets(module))
-            yield name, np.ascontiguousarray(one)
+            for name, is_turned in _places(module, leaf, config):
+                yield name, np.ascontiguousarray(one.T if is_turned else one)
+
+
+def _places(module: str, leaf: str, config: LoraConfig) -> Iterator[tuple[str, bool]]:
+    """Where a file has a leaf of a module: each tensor's name, and whether it is turned there."""
+    is_embedding = module == EMBEDDING_PATH
+    yield tensor_name(module, leaf, adapted=config.targets(module)), is_embedding and leaf in _TURNED
+    if is_embedding and config.ensure_weight_tying:
+        yield tensor_name(HEAD_PATH, leaf), False
 
 
 def from_tensors(
@@ -167,13 +173,22 @@ def from_tensors(
     taken: set[str] = set()
 
     def take(module: str, leaf: str, shape: tuple[int, ...]) -> np.ndarray:
-        name = tensor_name(module, leaf, adapted=config.targets(module))
-        if leaf == "bias" and name not in tensors:
-            name = tensor_name(module, leaf, adapted=False)  # as older PEFT called it
-        taken.add(name)
-        return _take(tensors, name, shape, source)
+        found: list[np.ndarray] = []
+        for name, is_turned in _places(module, leaf, config):
+            if leaf == "bias" and name not in tensors:
+                name = tensor_name(module, leaf, adapted=False)  # as older PEFT called it
+            taken.add(name)
+            tensor = _take(tensors, name, shape[::-1] if is_turned else shape, source)
+            found.append(tensor.T if is_turned else tensor)
+            if not np.array_equal(found[0], found[-1]):
+                raise AdapterError(
+                    f"{source} sets ensure_weight_tying=True, and {name} is not what the embedding has.",
+                    expected="the same values for the embedding and for the head, which are one.",
+                    fix="Save the adapter again with peft.",
+                )
+        return found[0]
 
-    for path, (_, out, inn) in linears(skeleton):
+    for path, (_, out, inn) in adaptable(skeleton):
         names = module_names(path)
         ranks = [config.rank_of(name) for name in names]
         shapes: dict[str, tuple[int, ...]] = (
@@ -181,7 +196,7 @@ def from_tensors(
         )
         if shapes and config.use_dora:
             shapes["m"] = (out,)
-        if "bias" in at(skeleton, path) and any(map(config.trains_bias, names)):
+        if path[0] == "layers" and "bias" in at(skeleton, path) and any(map(config.trains_bias, names)):
             shapes["bias"] = (out,)
         leaves = {leaf: np.zeros((len(names), *shape), np.float32) for leaf, shape in shapes.items()}
         for leaf, stacked in leaves.items():
@@ -221,16 +236,6 @@ def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], sou
             fix="Load the adapter onto the base model that it was trained on.",
         )
     return tensor.astype(np.float32)
-
-
-def _refuse_low_rank_embeddings(targets: Any, source: str) -> None:
-    found = [name for name in (EMBEDDING, HEAD) if not isinstance(targets, str) and name in targets]
-    if found:
-        raise AdapterError(
-            f"{source} has LoRA on {' and '.join(found)}.",
-            expected="LoRA on linears inside the layers; embeddings and heads are trained whole, as modules_to_save.",
-            fix="Merge that adapter with peft first.",
-        )
 
 
 def _on_host(adapter: Tree) -> Tree:

@@ -1,6 +1,8 @@
 """The base's own embedding and head in a PEFT folder. PEFT writes them beside the adapter where they are not the
 original's: where tokens were added, so that they have other rows; and where they have an adapter of their own."""
 
+from typing import Any
+
 import numpy as np
 
 from jaxtune.errors import AdapterError
@@ -16,10 +18,21 @@ def table_names(config: LoraConfig, module_names: ModuleNames) -> dict[str, str]
     found = {}
     for name in (EMBEDDING, HEAD):
         module = module_names((name,))[0]
-        under = "original_module." if name in config.modules_to_save else ""
-        under = "base_layer." if config.targets(module) else under
+        adapted = EMBEDDING if config.ensure_weight_tying else name
+        under = "original_module." if adapted in config.modules_to_save else ""
+        under = "base_layer." if config.targets(module_names((adapted,))[0]) else under
         found[name] = f"{PREFIX}{module}.{under}weight"
     return found
+
+
+def unlike(tables: Tables, params: dict[str, Any]) -> Tables:
+    """Those that are not what `params` have, in the bits of either's dtype."""
+    bases = {name: np.asarray(params[name]["weight"]) for name in tables}
+    return {name: table for name, table in tables.items() if not _is_same(table, bases[name])}
+
+
+def _is_same(one: np.ndarray, other: np.ndarray) -> bool:
+    return np.array_equal(one.astype(other.dtype), other) or np.array_equal(one, other.astype(one.dtype))
 
 
 def take_tables(

@@ -4,6 +4,7 @@
   [repeats, out] with DoRA. Where layers differ in rank, the smaller ones are padded with zeros, whose gradient is
   exactly zero; a layer without an adapter has rank 0;
 - a bias that is trained is `bias` [repeats, out];
+- embedding and head [V, M], which have no repeats, are stacks of one: a [1, r, M] and b [1, V, r] of either;
 - a module that is trained whole is its `weight`, in place of the base's.
 """
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.lora.config import LoraConfig, ModuleNames
+from jaxtune.lora.config import EMBEDDING, HEAD, LoraConfig, ModuleNames
 
 Tree = dict[Any, Any]
 
@@ -27,6 +28,14 @@ def linears(skeleton: Tree, path: tuple = ()) -> Iterator[tuple[tuple, tuple[int
             if weight is not None and path[:1] == ("layers",) and len(weight.shape) == 3:
                 yield (*path, name), weight.shape
             yield from linears(sub, (*path, name))
+
+
+def adaptable(skeleton: Tree) -> Iterator[tuple[tuple, tuple[int, ...]]]:
+    """Every module that may have A and B: (path, [repeats, out, in] of its weight). A head that is the embedding may
+    have its own."""
+    yield from linears(skeleton)
+    for name in (EMBEDDING, HEAD):
+        yield (name,), (1, *skeleton[EMBEDDING]["weight"].shape)
 
 
 def insert(tree: Tree, path: tuple, leaf: Any) -> None:
@@ -77,6 +86,11 @@ def layers(
             own = {name: cut(name, stacked, module, config, i) for name, stacked in leaves.items()}
             if own := {name: one for name, one in own.items() if one is not None}:
                 yield module, own
+
+
+def of_one(stack: Tree) -> Tree:
+    """What a module outside the layers has, without the axis of repeats."""
+    return jax.tree.map(lambda leaf: leaf[0], stack)
 
 
 def with_settings(

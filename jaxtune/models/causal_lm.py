@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtune.lora.config import LoraConfig
-from jaxtune.lora.tree import with_settings
+from jaxtune.kernels.linear_cross_entropy import Parts, product
+from jaxtune.lora import apply as lora_apply
+from jaxtune.lora.config import EMBEDDING, HEAD, LoraConfig
+from jaxtune.lora.tree import of_one, with_settings
 from jaxtune.models import names
 from jaxtune.models.cache import KVCache
 from jaxtune.models.config import ModelConfig
@@ -87,16 +89,35 @@ class CausalLM:
         """The Hugging Face name of each repeat of a stacked module."""
         return names.hf_names(self.config, path)
 
-    def head(self, params: Params, lora: Lora | None = None) -> jax.Array:
-        """The matrix [V, M] that turns hidden states into logits: the adapter's, if it trains one of its own."""
-        if lora is not None and "lm_head" in lora:
-            return lora["lm_head"]["weight"]
-        return params["embed_tokens" if self.config.tie_word_embeddings else "lm_head"]["weight"]
+    def head(
+        self,
+        params: Params,
+        hidden: jax.Array,
+        lora: Lora | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Parts, Parts]:
+        """(x, w), each in parts [..., D] and [V, D], of which the sum of x w^T is the product that logits are made of:
+        hidden states [..., M] and the head [V, M], the adapter's if it trains one whole; and of a low-rank change of
+        the head, A x and s B."""
+        weight = params[EMBEDDING if self.config.tie_word_embeddings else HEAD]["weight"]
+        own = self._adapter_of_head(lora, dropout_key)
+        if own is not None and "weight" in own:
+            weight, own = own["weight"], None
+        weight = weight.astype(hidden.dtype)
+        return ((hidden,), (weight,)) if own is None else lora_apply.parts(hidden, weight, of_one(own))
+
+    def _adapter_of_head(self, lora: Lora | None, dropout_key: jax.Array | None) -> Lora | None:
+        """Of a head that remains the embedding, the embedding's."""
+        if lora is None or self.lora_config is None:
+            return None
+        name = EMBEDDING if self.lora_config.ensure_weight_tying else HEAD
+        if name not in lora:
+            return None
+        return with_settings(lora, self.lora_config, self.module_names, dropout_key)[name]
 
     def logits(self, params: Params, hidden: jax.Array, lora: Lora | None = None) -> jax.Array:
         """Hidden states [..., M] -> logits [..., V] in float32."""
-        head_VM = self.head(params, lora).astype(hidden.dtype)
-        logits = jnp.einsum("...m,vm->...v", hidden, head_VM, preferred_element_type=jnp.float32)
+        logits = product(*self.head(params, hidden, lora))
         scale, cap = self.config.logit_scale, self.config.logit_softcap
         logits = logits if scale == 1 else logits * scale
         return logits if cap is None else cap * jnp.tanh(logits / cap)

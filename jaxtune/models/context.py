@@ -20,9 +20,11 @@ def at_length(c: ModelConfig, length: int) -> ModelConfig:
         dataclasses.replace(rope, length=length) if rope.kind in ("dynamic", "longrope") else rope
         for rope in c.ropes
     ]
-    trained = c.max_position
+    # What yarn was set up for may exceed what the config calls the model's maximum (Qwen 2.5's instructions).
+    set_up = [int(rope.original_max_position * rope.factor) for rope in ropes if rope.kind == "yarn"]
+    trained = max([c.max_position, *set_up])
     if not 0 < trained < length:
-        return dataclasses.replace(c, ropes=tuple(ropes))
+        return dataclasses.replace(c, ropes=tuple(ropes), max_position=max(c.max_position, length))
     # A rope that only serves windows meets no distance that it was not trained for.
     far = {kind.rope for kind in c.layers if kind.window is None or kind.window > trained} - {None}
     plain = [i for i in far if i is not None and ropes[i].kind == "default"]

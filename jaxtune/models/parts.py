@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtune import quant
 from jaxtune.kernels.attention import attention
 from jaxtune.lora import apply as lora_apply
+from jaxtune.lora.tree import of_one
 from jaxtune.models import rope
 from jaxtune.models.cache import LayerCache
 from jaxtune.models.config import LayerKind, ModelConfig
@@ -67,7 +68,11 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens, lora=None):
         weight = self.weight.get_value()
-        return rows(weight, tokens) if lora is None else lora["weight"][tokens].astype(weight.dtype)
+        if lora is None:
+            return rows(weight, tokens)
+        if "weight" in lora:
+            return lora["weight"][tokens].astype(weight.dtype)
+        return lora_apply.lookup(weight, tokens, of_one(lora))
 
 
 @jax.custom_vjp

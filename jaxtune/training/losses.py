@@ -43,11 +43,10 @@ def label_nll(
             remat=remat,
             dropout_key=batch.get("dropout_key"),
         )
-        hidden_TM = hidden_RLM.reshape(-1, hidden_RLM.shape[-1])
-        head_VM = model.head(params, lora).astype(hidden_TM.dtype)
+        x_RL, w_V = model.head(params, hidden_RLM, lora, batch.get("dropout_key"))
         return linear_cross_entropy(
-            hidden_TM,
-            head_VM,
+            tuple(x_RLD.reshape(-1, x_RLD.shape[-1]) for x_RLD in x_RL),
+            w_V,
             batch["labels"].reshape(-1),
             scale=model.config.logit_scale,
             softcap=model.config.logit_softcap,

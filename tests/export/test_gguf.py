@@ -58,9 +58,16 @@ def test_llama_cpp_gives_the_merged_logits(tmp_path, overrides):
     assert distance(adapted, half) < 5e-3
 
 
-def test_a_head_that_was_trained_apart_from_the_embedding(tmp_path):
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_dora": True, "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": r".*(q_proj|embed_tokens|lm_head)"},
+    ],
+    ids=["whole", "low-rank"],
+)
+def test_a_head_that_was_trained_apart_from_the_embedding(tmp_path, lora):
     """The file of a tied model then has both; and DoRA's lengths are in its weights."""
-    lora = {"use_dora": True, "modules_to_save": ["embed_tokens", "lm_head"]}
     adapted = Adapted(tmp_path, lora=lora, tie_word_embeddings=True)
     (full,) = adapted.save_gguf(tmp_path / "out")
     assert "output.weight" in {tensor.name for tensor in gguf.GGUFReader(full).tensors}

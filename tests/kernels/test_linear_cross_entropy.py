@@ -86,6 +86,35 @@ def test_the_head_costs_nothing_while_it_is_frozen():
     assert trained.count(size) > frozen.count(size)
 
 
+def in_parts(x, w):
+    return (x[:, :10], x[:, 10:]), (w[:, :10], w[:, 10:])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_head_in_parts_is_the_head(form):
+    x, w, labels = make()
+
+    def loss(x, w):
+        return linear_cross_entropy(x, w, labels, chunk=16, **FORMS[form]).sum()
+
+    ours = jax.value_and_grad(lambda x, w: loss(*in_parts(x, w)), (0, 1))(x, w)
+    whole = jax.value_and_grad(loss, (0, 1))(x, w)
+    jax.tree.map(lambda mine, theirs: assert_close(mine, theirs, 1e-6), ours, whole)
+
+
+def test_a_part_that_is_frozen_costs_nothing():
+    """No sum of its gradient's size is begun."""
+    x, w, labels = make()
+    x, w = in_parts(x, w)
+
+    def sums(argnums):
+        gradient = jax.grad(lambda *w: linear_cross_entropy(x, w, labels).sum(), argnums)
+        return str(jax.make_jaxpr(gradient)(*w)).count(f"f32[{V},10] = broadcast_in_dim 0.0")
+
+    assert sums((0, 1)) == 1
+    assert sums((1,)) == 0
+
+
 def test_logits_of_all_tokens_never_exist():
     x, w, labels = make()
     jaxpr = str(jax.make_jaxpr(jax.grad(lambda x: linear_cross_entropy(x, w, labels, chunk=8).sum()))(x))

@@ -98,6 +98,9 @@ CASES: dict[str, tuple[str, dict]] = {
     ),
 }  # fmt: skip
 
+EACH: dict[str, str] = {model_type: case for case, (model_type, _) in reversed(CASES.items())}
+"""Each family's `model_type`, and the first of its cases."""
+
 
 def random_model(case: str, seed: int = 0, **overrides) -> transformers.PreTrainedModel:
     model_type, settings = CASES[case]

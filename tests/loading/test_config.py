@@ -10,9 +10,9 @@ import pytest
 
 from jaxtune.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from jaxtune.loading.config import read_config
+from tests.kit import published
 
 REPOSITORY_ROOT = Path(__file__).parents[2]
-PUBLISHED = REPOSITORY_ROOT.parent / "shared/fixtures/published"
 LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 
 TINY = {
@@ -30,11 +30,11 @@ def write(folder: Path, **settings: Any) -> Path:
     return folder
 
 
-def published_llamas() -> list[Any]:
-    paths = sorted(PUBLISHED.glob("*/config.json"))
-    found = [path.parent for path in paths if json.loads(path.read_text())["model_type"] in LLAMA_FAMILY]
-    absent = "no published configs were read: ../shared/fixtures/published is not beside the repository"
-    return found or [pytest.param(PUBLISHED, marks=pytest.mark.skip(reason=absent))]
+def published_llamas() -> list[Path]:
+    def is_llama(folder: Path) -> bool:
+        return json.loads((folder / "config.json").read_text())["model_type"] in LLAMA_FAMILY
+
+    return list(filter(is_llama, published.folders("config.json")))
 
 
 class TestNormalising:
@@ -124,6 +124,15 @@ class TestErrors:
         assert "'llama3'" in caught.value.found
         assert caught.value.expected == "One of llama, qwen3."
         assert "Did you mean 'llama'?" in caught.value.fix
+
+    @pytest.mark.parametrize(
+        "settings",
+        [{"model_type": "mixtral"}, {"model_type": "lamma", "auto_map": {"AutoConfig": "own.Config"}}],
+    )
+    def test_a_model_of_its_own_is_no_mistyped_one(self, settings: dict[str, Any], tmp_path: Path):
+        with pytest.raises(UnsupportedModelError) as caught:
+            read_config(write(tmp_path, **settings), supported=["llama", "mistral"])
+        assert "Did you mean" not in caught.value.fix
 
     def test_a_model_type_that_transformers_does_not_know(self, tmp_path: Path):
         with pytest.raises(UnsupportedModelError, match=r"'llamma', which transformers .* does not know"):

@@ -120,6 +120,11 @@ class TestDownloads:
         assert Path(offline["folder"]) == folder
         assert len(hub.requests) == asked
 
+    def test_what_is_in_the_cache_serves_while_the_hub_is_in_trouble(self, hub: FakeHub, home: Path):
+        before = resolve_elsewhere(hub.environment(home))
+        hub.refuse(ID, 503)
+        assert resolve_elsewhere(hub.environment(home)) == before
+
     def test_only_what_is_used_is_fetched(self, hub: FakeHub, home: Path, model: Path):
         (model / "original").mkdir()
         unwanted = [
@@ -149,8 +154,22 @@ class TestDownloads:
         hub.gate(ID, token="hf_secret")
         assert "folder" in resolve_elsewhere(hub.environment(home), token="hf_secret")
 
+    def test_a_cache_of_ones_own_serves_alone(self, hub: FakeHub, home: Path):
+        mine = {"cache_dir": str(home / "mine")}
+        folder = resolve_elsewhere(hub.environment(home), **mine)["folder"]
+        assert Path(folder).is_relative_to(home / "mine")
+        asked = len(hub.requests)
+        assert resolve_elsewhere(hub.environment(home), **mine, local_files_only=True)["folder"] == folder
+        assert len(hub.requests) == asked
+
 
 class TestFailures:
+    def test_local_files_only_and_not_cached(self, hub: FakeHub, home: Path):
+        answer = resolve_elsewhere(hub.environment(home), local_files_only=True)
+        assert answer["error"] == "ModelNotFoundError"
+        assert "local_files_only=True forbids" in answer["found"] and "HF_HUB" not in answer["fix"]
+        assert hub.requests == []
+
     def test_offline_and_not_cached(self, hub: FakeHub, home: Path):
         answer = resolve_elsewhere(hub.environment(home, HF_HUB_OFFLINE="1"))
         assert answer["error"] == "ModelNotFoundError"

@@ -1,5 +1,6 @@
 """Loading into packed arrays: what ends up where, in which precision, and in how much memory."""
 
+import json
 import subprocess
 import sys
 
@@ -149,3 +150,41 @@ print(model.generate([[5, 6, 7]], max_new_tokens=5).tolist())
             )
             assert done.returncode == 0, done.stderr
             assert done.stdout.strip() == expected
+
+
+def test_an_adapter_by_hub_id_brings_its_base(base, tmp_path):
+    """Each at its own revision, the gated base with the token that was given; it computes what the saved one did."""
+    model, tokenizer = FastLanguageModel.from_pretrained(base[1], dtype="float32")
+    model = FastLanguageModel.get_peft_model(model, r=4, init_lora_weights=False)
+    model.save_pretrained(tmp_path / "adapter", tokenizer)
+    path = tmp_path / "adapter/adapter_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "base_model_name_or_path": "tests/llama", "revision": "v1"}))
+    code = """
+from jaxtune import FastLanguageModel
+from jaxtune.errors import JaxtuneError
+load = lambda **token: FastLanguageModel.from_pretrained("tests/adapter", revision="b", dtype="float32", **token)[0]
+try:
+    load()
+except JaxtuneError as error:
+    print(type(error).__name__, "names 'tests/llama' as its base model" in str(error), "gated" in str(error))
+model = load(token="secret")
+print(model.name_or_path, model.revision)
+print(model.generate([[5, 6, 7]], max_new_tokens=5).tolist())
+"""
+    with FakeHub() as hub:
+        hub.add("tests/llama", base[1], revision="v1")
+        hub.gate("tests/llama", token="secret")
+        hub.add("tests/adapter", tmp_path / "adapter", revision="b")
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=hub.environment(tmp_path / "home"),
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "ModelNotFoundError True True",
+        "tests/llama v1",
+        str(model.generate([[5, 6, 7]], max_new_tokens=5).tolist()),
+    ]

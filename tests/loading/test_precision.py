@@ -22,6 +22,7 @@ CONFIGS = [
     ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, FourBit("fp4", False)),
     ({"load_in_4bit": True}, FourBit("fp4", False)),
     ({"load_in_8bit": True}, Int8()),
+    ({"load_in_8bit": True, "llm_int8_skip_modules": ["lm_head"]}, Int8()),
 ]
 
 
@@ -66,6 +67,15 @@ def test_two_are_an_error(given):
     ("given", "word"),
     [
         ({"load_in_fp8": "tensor"}, "'tensor'"),
+        (
+            {
+                "quantization_config": {
+                    "load_in_4bit": True,
+                    "llm_int8_skip_modules": ["lm_head", "down_proj"],
+                }
+            },
+            "llm_int8_skip_modules with 'down_proj'",
+        ),
         ({"quantization_config": {}}, "load_in_4bit=False and load_in_8bit=False"),
         ({"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "int4"}}, "'int4'"),
     ],
@@ -79,3 +89,9 @@ def test_what_is_none(given, word):
 def test_other_quantised_checkpoints_are_refused_by_name(method, tmp_path):
     with pytest.raises(UnsupportedModelError, match=method):
         require_known({"quantization_config": {"quant_method": method}}, tmp_path)
+
+
+def test_or_by_all_that_they_say(tmp_path):
+    """As MLX's, which name no method."""
+    with pytest.raises(UnsupportedModelError, match=r'quantised already \(\{"group_size": 64, "bits": 4\}\)'):
+        require_known({"quantization_config": {"group_size": 64, "bits": 4}}, tmp_path)

@@ -3,10 +3,14 @@
 import jax
 import pytest
 
+from jaxtune import FastLanguageModel
 from jaxtune.errors import DeviceMemoryError
+from jaxtune.loading import load
+from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.loading.plan import Leaf
 from jaxtune.loading.room import require_room
 from jaxtune.quant import FourBit, Unpacked, abstract
+from tests.kit import models
 
 GB = 10**9
 LINEAR = (32, 14336, 4096)  # 1.88 billion weights: 3.8 GB in 16 bits, 1.9 in 8, 1.0 in 4
@@ -41,6 +45,15 @@ def test_too_small(format, free, said):
         require_room(leaves(format), Device(80 * GB, 80 * GB - int(free)), in_flight=0)
     for words in said:
         assert words in str(caught.value)
+
+
+def test_it_is_asked_before_a_weight_is_read(tmp_path, monkeypatch):
+    folder = models.save(models.random_llama(), tmp_path / "model")
+    small = Device(10**5)
+    monkeypatch.setattr(load, "require_room", lambda leaves, _, **how: require_room(leaves, small, **how))
+    monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("a weight was read"))
+    with pytest.raises(DeviceMemoryError, match=r"need .* GB, and NVIDIA Test has 0\.1 GB free"):
+        FastLanguageModel.from_pretrained(folder)
 
 
 def test_large_enough_or_unknown():

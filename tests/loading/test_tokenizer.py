@@ -116,6 +116,18 @@ class TestTheModelsPart:
     def test_a_missing_bos_stays_missing(self, tmp_path: Path):
         assert load_tokenizer(write_tokenizer(tmp_path, "<eos>", eos_token="<eos>")).bos_token is None
 
+    def test_an_eos_that_the_tokenizer_does_not_have_is_none(self, tmp_path: Path):
+        folder = write_tokenizer(tmp_path, "<pad>", pad_token="<pad>")
+        assert load_tokenizer(folder, eos_token_id=99).eos_token is None
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_the_side_of_padding_stays_as_published(self, side: str, tmp_path: Path):
+        settings = {"eos_token": "<eos>", "padding_side": side}
+        tokenizer = load_tokenizer(write_tokenizer(tmp_path, "<eos>", "<pad>", **settings))
+        assert tokenizer.padding_side == side
+        mask = tokenizer(["hello", "hello world"], padding=True)["attention_mask"]
+        assert mask == [[0, 1] if side == "left" else [1, 0], [1, 1]]
+
     def test_every_token_needs_a_row(self, tmp_path: Path):
         folder = write_tokenizer(tmp_path, "<eos>", "<pad>", "<new>", eos_token="<eos>")
         load_tokenizer(folder, vocab_size=6)

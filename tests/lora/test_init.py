@@ -78,6 +78,20 @@ def test_initial_a_is_distributed_as_pefts(wide):
     assert abs(float(a.std()) / float(theirs.std()) - 1) < 0.1
 
 
+def test_an_embedding_begins_as_pefts(wide):
+    """Its A, of one-hot inputs, is zero, its B normal; both are normal where they begin awake."""
+    fresh, awake = (
+        FastLanguageModel.get_peft_model(
+            wide, r=16, target_modules=r"model\.embed_tokens", init_lora_weights=init
+        ).lora["embed_tokens"]
+        for init in (True, False)
+    )
+    np.testing.assert_array_equal(fresh["b"], 0)
+    for normal in (fresh["a"], awake["a"], awake["b"]):
+        assert abs(float(normal.mean())) < 0.1
+        assert abs(float(normal.std()) - 1) < 0.1
+
+
 def test_the_last_layers(wide):
     model = FastLanguageModel.get_peft_model(wide, target_modules="all-linear", finetune_last_n_layers=2)
     assert config(model).layers_to_transform == (1, 2)

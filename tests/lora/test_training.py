@@ -1,4 +1,5 @@
-"""What a step does to an adapter with everything in it, and what dropout depends on."""
+"""What a step does to an adapter with everything in it, or with low-rank changes outside the layers, and what dropout
+depends on."""
 
 import dataclasses
 
@@ -24,17 +25,20 @@ EVERYTHING = LoraConfig(
     r=4, rank_pattern={"q_proj": 8, "1.mlp.up_proj": 2}, target_modules=("q_proj", "up_proj"), lora_dropout=0.2,
     use_dora=True, bias="lora_only", modules_to_save=("embed_tokens", "lm_head"),
 )  # fmt: skip
+OUTSIDE = LoraConfig(r=4, target_modules=("embed_tokens", "lm_head", "q_proj"), lora_dropout=0.5)
 RATE = lambda step: jnp.float32(1e-2)
 OPTIMIZER = adamw(RATE, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.1)
 
 
-@pytest.fixture(scope="module")
-def case():
+@pytest.fixture(scope="module", params=[EVERYTHING, OUTSIDE], ids=["everything", "outside"])
+def case(request):
     """(model, packed params, an adapter that is awake)"""
-    model = dataclasses.replace(tiny.model(qkv_bias=True, o_bias=True), lora_config=EVERYTHING)
+    model = dataclasses.replace(tiny.model(qkv_bias=True, o_bias=True), lora_config=request.param)
     params = tiny.params(model)
-    lora = lora_init.init(params, EVERYTHING, model.module_names, jax.random.key(0))
-    awake = {name: one + 0.05 for name, one in tensors(model, lora).items()}
+    lora = lora_init.init(params, request.param, model.module_names, jax.random.key(0))
+    noise = lambda one: 0.05 * rng.standard_normal(one.shape, "float32")  # not a shift of every logit alike
+    rng = np.random.default_rng(0)
+    awake = {name: one + noise(one) for name, one in tensors(model, lora).items()}
     return model, params, tree(model, awake)
 
 
@@ -90,7 +94,7 @@ def test_dropout_follows_from_seed_step_and_micro_batch():
 
 def test_the_reference_and_the_old_policy_drop_nothing(case):
     model, params, lora = case
-    quiet = dataclasses.replace(model, lora_config=dataclasses.replace(EVERYTHING, lora_dropout=0.0))
+    quiet = dataclasses.replace(model, lora_config=dataclasses.replace(model.lora_config, lora_dropout=0.0))
     batch = tiny.batch(rows=2, length=16)
     score = lambda model, batch: of_all_micro_batches(log_probs(model))(lora, params, batch)
     np.testing.assert_array_equal(score(model, batch), score(quiet, batch))

@@ -17,6 +17,7 @@ from tests.kit.compare import assert_close, relative_rms
 PLAIN = RopeConfig(theta=1e4)
 STRETCHED = RopeConfig(theta=1e4, kind="linear", factor=3.0, original_max_position=64)
 LLAMA3 = RopeConfig(theta=1e4, kind="llama3", factor=8.0, high_freq_factor=4.0, original_max_position=32)
+YARN = RopeConfig(theta=1e4, kind="yarn", factor=4.0, original_max_position=64)
 DYNAMIC = RopeConfig(theta=1e4, kind="dynamic", factor=2.0, original_max_position=64, length=64)
 
 
@@ -34,6 +35,11 @@ RULES = {
     "windows only": (trained_for_64(LayerKind(8)), (PLAIN,), None),
     "no positions where everything is seen": (trained_for_64(LayerKind(8), LayerKind(None, None)), (PLAIN,), None),
     "scaling of its own": (trained_for_64(ropes=(LLAMA3,)), (LLAMA3,), logging.WARNING),
+    "yarn that reaches as far": (trained_for_64(ropes=(YARN,)), (YARN,), None),
+    "yarn that does not": (
+        trained_for_64(ropes=(dataclasses.replace(YARN, factor=2.0),)), (dataclasses.replace(YARN, factor=2.0),),
+        logging.WARNING,
+    ),
     "dynamic": (trained_for_64(ropes=(DYNAMIC,)), (dataclasses.replace(DYNAMIC, length=192),), None),
 }  # fmt: skip
 
@@ -59,6 +65,24 @@ def test_a_length_that_nobody_asked_for_stretches_nothing(tmp_path):
     model, _ = FastLanguageModel.from_pretrained(folder, dtype="float32", load_in_4bit=False)
     assert model.max_seq_length == model.causal_lm.config.max_position == 256
     assert model.causal_lm.config.ropes[0].kind == "default"
+
+
+@pytest.mark.parametrize("model_type", families.EACH)
+def test_every_family_is_stretched_with_one_message(model_type, tmp_path, caplog):
+    """Unless all that it sees is a window."""
+    case = families.EACH[model_type]
+    folder = models.save(families.random_model(case, rope_parameters=None), tmp_path / "model")
+    with caplog.at_level(logging.INFO, "jaxtune"):
+        model, _ = FastLanguageModel.from_pretrained(
+            folder, dtype="float32", load_in_4bit=False, max_seq_length=1024
+        )
+    assert model.max_seq_length == model.causal_lm.config.max_position == 1024
+    said = [record.getMessage() for record in caplog.records]
+    if all(kind.window for kind in model.causal_lm.config.layers):
+        assert not said
+    else:
+        assert len(said) == 1 and "trained for 256 tokens" in said[0] and "stretched by 4" in said[0]
+        assert (model.causal_lm.config.ropes[0].kind, model.causal_lm.config.ropes[0].factor) == ("linear", 4)
 
 
 @pytest.mark.parametrize("case", ["mistral nemo", "phi3", "gemma3_text, old"])

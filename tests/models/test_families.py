@@ -14,8 +14,9 @@ import torch
 
 from jaxtune import FastLanguageModel
 from jaxtune.models.cache import KVCache
+from jaxtune.quant import PackedArray
 from tests.kit import families, models
-from tests.kit.compare import assert_close
+from tests.kit.compare import assert_close, relative_rms
 
 T = 40
 ROWS = {
@@ -69,6 +70,31 @@ def test_logits(both, logits, row):
         with torch.no_grad():
             expected = theirs(torch.from_numpy(ids[None]).long()).logits[0].numpy()
         assert_close(logits[n, start : start + length], expected, 1e-5, f"{length} tokens from {start}")
+
+
+# Compiled in half the time, and run once.
+@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+def quickly(model, params, tokens, segments, positions):
+    return model.apply(params, None, tokens, segments_BT=segments, positions_BT=positions)
+
+
+def dequantize_all(params):
+    is_packed = lambda leaf: isinstance(leaf, PackedArray)
+    return jax.tree.map(lambda w: w.dequantize() if is_packed(w) else w, params, is_leaf=is_packed)
+
+
+@pytest.mark.parametrize("both", families.EACH.values(), indirect=True)
+def test_in_4_bits_it_computes_what_its_values_say(both, logits):
+    """Packed while it loads, whatever the widths: the logits of the values that its packed weights stand for."""
+    ours, _ = both
+    packed, _ = FastLanguageModel.from_pretrained(ours.name_or_path, dtype="float32", max_seq_length=T)
+    tokens, segments, positions = batch()
+    found = quickly(packed.causal_lm, packed.params, *batch())
+    values = jax.jit(dequantize_all)(packed.params)
+    expected = ours.apply(values, None, tokens, segments_BT=segments, positions_BT=positions)
+    real = segments > 0
+    assert_close(found[real], expected[real], 1e-5)
+    assert relative_rms(expected[real], logits[real]) > 1e-2, "it must be packed to show anything"
 
 
 def test_one_token_at_a_time_equals_one_pass(both, logits):

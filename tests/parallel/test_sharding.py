@@ -77,6 +77,10 @@ def test_what_else_an_adapter_has_follows_its_weight():
     ours = lora_shardings(lora, make_mesh(fsdp=2, tensor=2))
     by_output = jax.sharding.PartitionSpec(None, "tensor")
     assert {one.spec for one in ours["layers"][0][0]["mlp"]["up_proj"].values()} == {by_output}
+    low_rank = {name: {"a": shape(1, 4, 256), "b": shape(1, 128, 4)} for name in ("embed_tokens", "lm_head")}
+    for one in lora_shardings(low_rank, make_mesh(fsdp=2, tensor=2)).values():
+        assert one["a"].spec == jax.sharding.PartitionSpec(None, None, "fsdp")
+        assert one["b"].spec == by_output
     assert ours["lm_head"]["weight"].spec == jax.sharding.PartitionSpec("tensor", "fsdp")
 
 

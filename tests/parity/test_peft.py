@@ -1,9 +1,11 @@
 """PEFT folders travel both ways, whatever the settings: what we write, PEFT loads with the same logits and gradients,
 and merges as we do; what PEFT writes, we load. One table of settings, which go by the same names on both sides."""
 
+import copy
 import dataclasses
 import functools
 import json
+import shutil
 from typing import Any
 
 import jax
@@ -11,11 +13,12 @@ import numpy as np
 import peft
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from jaxtune import FastLanguageModel
-from jaxtune.kernels.linear_cross_entropy import linear_cross_entropy
+from jaxtune.errors import AdapterError
+from jaxtune.kernels.linear_cross_entropy import linear_cross_entropy, product
 from jaxtune.lora import peft_format
 from jaxtune.lora.tree import modules, with_settings
 from tests.kit import models
@@ -51,6 +54,42 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "a whole embedding": ("plain", {"target_modules": QV, "modules_to_save": ["embed_tokens"]}),
     "both whole, tied": ("tied", {"target_modules": QV, "modules_to_save": ["embed_tokens", "lm_head"]}),
     "a whole embedding, tied": ("tied", {"target_modules": QV, "modules_to_save": ["embed_tokens"]}),
+    "a low-rank head": ("plain", {"target_modules": r".*\.q_proj|lm_head"}),
+    "a low-rank embedding": ("plain", {"target_modules": r".*(q_proj|embed_tokens)", "r": 4}),
+    "both low-rank, by rank and alpha, rslora": (
+        "plain",
+        {
+            "target_modules": r".*(q_proj|embed_tokens|lm_head)", "use_rslora": True,
+            "rank_pattern": {"embed_tokens": 3, "lm_head": 5}, "alpha_pattern": {"lm_head": 7, "embed_tokens": 4},
+        },
+    ),
+    "a low-rank head, dropped": (
+        "plain",
+        {"target_modules": r".*(q_proj|embed_tokens|lm_head)", "lora_dropout": 0.5},
+    ),
+    "a low-rank head, tied": ("tied", {"target_modules": r".*v_proj|lm_head"}),
+    "a low-rank embedding, tied": ("tied", {"target_modules": r"model\.embed_tokens", "init_lora_weights": False}),
+    "both low-rank, tied": ("tied", {"target_modules": r".*(embed_tokens|lm_head)"}),
+    "a whole embedding, a low-rank head, tied": (
+        "tied",
+        {"target_modules": r".*(v_proj|embed_tokens|lm_head)", "modules_to_save": ["embed_tokens"]},
+    ),
+    "a whole head, a low-rank embedding": (
+        "plain",
+        {"target_modules": r".*(v_proj|embed_tokens)", "modules_to_save": ["lm_head"]},
+    ),
+    "both whole, still tied": (
+        "tied",
+        {"target_modules": QV, "modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    ),
+    "a whole head, still tied": (
+        "tied",
+        {"target_modules": QV, "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+    ),
+    "tying what is not tied": (
+        "plain",
+        {"target_modules": QV, "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+    ),
     "dora": ("biased", {"use_dora": True}),
     "dora in two layers, by rank": ("plain", {**RANKS, "use_dora": True, "layers_to_transform": [1, 2]}),
     "biases of the adapted": ("biased", {"target_modules": QV, "bias": "lora_only", "layers_to_transform": 1}),
@@ -77,6 +116,8 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:.*tie_word_embeddings=True.*:UserWarning"
     ),  # that both are trained apart
+    pytest.mark.filterwarnings("ignore:.*no tied modules were found:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
 ]
 
 
@@ -116,7 +157,8 @@ class Case:
     @functools.cached_property
     def theirs(self):
         """An adapter that PEFT has made, awake."""
-        settings = peft.LoraConfig(**self.settings, task_type="CAUSAL_LM")
+        given = copy.deepcopy(self.settings)  # PEFT changes lists
+        settings = peft.LoraConfig(**given, task_type="CAUSAL_LM")
         model = peft.get_peft_model(self.torch_base(), settings)
         torch.manual_seed(0)
         with torch.no_grad():
@@ -169,7 +211,8 @@ def evaluate(causal_lm, params, lora):
     def loss(lora):
         hidden, _ = causal_lm.hidden(params, lora, IDS)
         flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-        nll = linear_cross_entropy(flat, causal_lm.head(params, lora), IDS[:, 1:].reshape(-1))
+        x, w = causal_lm.head(params, flat, lora)
+        nll = linear_cross_entropy(x, w, IDS[:, 1:].reshape(-1))
         return nll.sum(), causal_lm.logits(params, hidden, lora)
 
     if lora is None:
@@ -181,6 +224,12 @@ def evaluate(causal_lm, params, lora):
 def torch_logits(model):
     with torch.no_grad():
         return model.eval()(torch.from_numpy(IDS).long()).logits.numpy()
+
+
+def trained_tensors(folder):
+    """Without what PEFT adds of the base: the weight beside each low-rank embedding or head."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {name: tensors[name] for name in sorted(tensors) if not name.endswith("base_layer.weight")}
 
 
 def load_ours(folder):
@@ -201,7 +250,9 @@ def test_ours_in_peft(case, adapter):
     )
     expected.backward()
     gradients = {
-        tensor_name(name): weight.grad for name, weight in theirs.named_parameters() if weight.requires_grad
+        tensor_name(name): weight.grad
+        for name, weight in theirs.named_parameters(remove_duplicate=False)
+        if weight.requires_grad
     }
     assert ours.keys() == gradients.keys()
     for name, one in ours.items():
@@ -239,8 +290,7 @@ def test_theirs_in_ours(case, tmp_path):
     assert_close(logits(ours), torch_logits(case.theirs), 1e-5)
 
     ours.save_pretrained(tmp_path / "again")
-    files = [load_file(tmp_path / which / "adapter_model.safetensors") for which in ("adapter", "again")]
-    assert_trees_equal(*map(dict, map(sorted, (file.items() for file in files))))
+    assert_trees_equal(*(trained_tensors(tmp_path / which) for which in ("adapter", "again")))
 
 
 def test_merged(case, adapter, tmp_path):
@@ -251,7 +301,7 @@ def test_merged(case, adapter, tmp_path):
 
 def test_a_fresh_adapter_changes_nothing(case):
     distance = relative_rms(logits(case.fresh), logits(case.base))
-    if case.name == "awake":
+    if case.settings.get("init_lora_weights") is False:
         assert distance > 1e-2
     elif case.name.startswith("pissa"):
         assert distance < 1e-5, "the base and its principal part are what they were"
@@ -263,7 +313,7 @@ def test_a_fresh_adapter_changes_nothing(case):
 def test_the_folder_is_what_peft_writes(case, adapter, tmp_path):
     """Names and shapes of the tensors; and settings that PEFT reads as its own."""
     case.theirs.save_pretrained(tmp_path)
-    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path))
+    ours, theirs = map(trained_tensors, (adapter, tmp_path))
     assert {name: a.shape for name, a in ours.items()} == {name: a.shape for name, a in theirs.items()}
     settings = json.loads((adapter / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(case.folder)
@@ -283,9 +333,10 @@ class Dropped(torch.nn.Module):
         return torch.where(torch.from_numpy(kept), x / self.keep, 0)
 
 
-@pytest.mark.parametrize("name", ["dropout", "everything"], ids=["plain", "with dora"])
+@pytest.mark.parametrize("name", ["dropout", "everything", "a low-rank head, dropped"])
 def test_dropout_reaches_what_pefts_does(bases, tmp_path, name):
-    """The input of A (with DoRA, the product that is scaled): given the same masks, training's outputs are equal."""
+    """The input of A (with DoRA, the product that is scaled), but not an embedding's: given the same masks, training's
+    outputs are equal."""
     case, key = Case(name, bases), jax.random.key(5)
     case.ours.save_pretrained(tmp_path / "adapter")
     theirs = case.load_theirs(tmp_path / "adapter").train()
@@ -293,14 +344,110 @@ def test_dropout_reaches_what_pefts_does(bases, tmp_path, name):
     read = with_settings(case.ours.lora, lm.lora_config, lm.module_names, key)
     for path, leaves in modules(read):
         for i, module in enumerate(lm.module_names(path) if "dropout" in leaves else []):
-            if lm.lora_config.targets(module):
+            if lm.lora_config.targets(module) and path != ("embed_tokens",):
                 linear = theirs.get_submodule(f"base_model.model.{module}")
                 linear.lora_dropout["default"] = Dropped(leaves["dropout"][i], keep)
 
     hidden, _ = jax.jit(lm.hidden)(case.ours.params, case.ours.lora, IDS, dropout_key=key)
-    dropped = lm.logits(case.ours.params, hidden, case.ours.lora)
+    dropped = product(*lm.head(case.ours.params, hidden, case.ours.lora, key))
     assert relative_rms(dropped, logits(case.ours)) > 1e-2
     assert_close(dropped, theirs(torch.from_numpy(IDS).long()).logits.detach().numpy(), 1e-5)
+
+
+@pytest.fixture(scope="module")
+def mixed(bases, tmp_path_factory):
+    """What PEFT wrote for a list of names, which here would mean whole modules."""
+    folder, _ = bases("tied")
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens", "lm_head"], lora_alpha=6)
+    return written_by_peft(folder, settings, tmp_path_factory.mktemp("mixed"))
+
+
+@pytest.fixture(scope="module")
+def still_tied(bases, tmp_path_factory):
+    """A head and an embedding with one low-rank adapter, of which PEFT makes two that share their memory."""
+    folder, _ = bases("tied")
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], ensure_weight_tying=True)
+    return written_by_peft(folder, settings, tmp_path_factory.mktemp("still tied"))
+
+
+def written_by_peft(base, settings, folder):
+    """(the folder, the logits)"""
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.05 * torch.randn_like(weight))
+    model.save_pretrained(folder)
+    return folder, torch_logits(model)
+
+
+@pytest.mark.parametrize("which", ["mixed", "still_tied"])
+def test_pefts_own_lists(which, request, tmp_path):
+    """Read, written so that PEFT reads them again, and merged: with the logits that they had. PEFT's own merge adds
+    both changes to the one tensor, and has others."""
+    folder, expected = request.getfixturevalue(which)
+    ours = load_ours(folder)
+    assert_close(logits(ours), expected, 1e-5)
+    ours.save_pretrained(tmp_path / "again")
+    assert_trees_equal(trained_tensors(tmp_path / "again"), trained_tensors(folder))
+    base = AutoModelForCausalLM.from_pretrained(ours.name_or_path)
+    assert_close(torch_logits(peft.PeftModel.from_pretrained(base, tmp_path / "again")), expected, 1e-6)
+    ours.save_pretrained_merged(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert_close(torch_logits(merged), expected, 2e-5)
+    is_one = merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert is_one is merged.config.tie_word_embeddings is (which == "still_tied")
+
+
+def test_a_base_that_is_not_quite_the_one_it_names(mixed, tmp_path):
+    """PEFT writes its embedding beside the low-rank change, and reads it again; so do we, and merge with it."""
+    folder = shutil.copytree(mixed[0], tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name in tensors:
+        if name.endswith("base_layer.weight"):
+            tensors[name] *= 1.1
+    save_file(tensors, folder / "adapter_model.safetensors")
+    ours = load_ours(folder)
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(ours.name_or_path), folder)
+    assert_close(logits(ours), torch_logits(theirs), 1e-5)
+    ours.save_pretrained_merged(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert_close(torch_logits(merged), logits(ours), 2e-5)
+
+
+def test_one_adapter_for_both_has_the_gradient_of_both(still_tied):
+    """Of PEFT's two, the sum."""
+    folder, _ = still_tied
+    ours = load_ours(folder)
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(ours.name_or_path), folder, is_trainable=True
+    )
+    ids = torch.from_numpy(IDS).long()
+    out = theirs(ids[:, :-1]).logits.flatten(0, 1)
+    torch.nn.functional.cross_entropy(out, ids[:, 1:].flatten(), reduction="sum").backward()
+    embedding, head = theirs.base_model.model.model.embed_tokens, theirs.base_model.model.lm_head
+    gradient = evaluate(ours.causal_lm, ours.params, ours.lora)[1]
+    assert set(gradient) == {"embed_tokens", "layers"}
+    a = embedding.lora_embedding_B["default"].grad.T + head.lora_A["default"].weight.grad
+    b = embedding.lora_embedding_A["default"].grad.T + head.lora_B["default"].weight.grad
+    assert_close(gradient["embed_tokens"]["a"][0], a.numpy(), 1e-4)
+    assert_close(gradient["embed_tokens"]["b"][0], b.numpy(), 1e-4)
+
+
+def test_one_adapter_for_both_has_one_scale(bases):
+    settings = {"target_modules": r".*embed_tokens", "alpha_pattern": {"embed_tokens": 4}}
+    with pytest.raises(AdapterError, match=r"scale embed_tokens by 0\.25, lm_head by 1"):
+        FastLanguageModel.get_peft_model(bases("tied")[1], ensure_weight_tying=True, **settings)
+
+
+def test_a_head_that_is_not_the_embedding_it_is_said_to_be(still_tied, tmp_path):
+    folder = shutil.copytree(still_tied[0], tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.lora_A.weight"] += 1
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"ensure_weight_tying=True, and .*lm_head\.lora_A"):
+        load_ours(folder)
 
 
 def test_every_setting_of_peft_is_classified():

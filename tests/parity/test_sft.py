@@ -159,9 +159,10 @@ def torch_run(twin, args, batches):
         {"params": [w for name, w in trained.items() if name not in decaying], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-8)
-    warmup = args.warmup(STEPS)
+    steps = args.max_steps
+    warmup = args.warmup(steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: step / warmup if step < warmup else (STEPS - step) / (STEPS - warmup)
+        optimizer, lambda step: step / warmup if step < warmup else (steps - step) / (steps - warmup)
     )
     losses = []
     for batch in batches:

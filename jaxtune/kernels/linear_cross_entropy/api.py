@@ -2,7 +2,8 @@
 
 The gradient of the hidden states is made in the forward pass, chunk by chunk, while the chunk's logits exist: each
 token's loss depends on its own hidden state only, so the backward pass is one product with the incoming gradient.
-The head's gradient is computed only if the head is being differentiated (full fine-tuning), from the logits again.
+The head's gradient is computed only if the head is being differentiated (full fine-tuning), from the logits again; of
+a head in parts (a weight and its low-rank change), that of the parts that are.
 Works per token, so the same op serves the mean loss of SFT and the log-probabilities (`-nll`) of RL.
 """
 
@@ -23,8 +24,8 @@ IMPLEMENTATIONS: Candidates = {"xla": None}
 
 
 def linear_cross_entropy(
-    x_TD: jax.Array,
-    w_VD: jax.Array,
+    x_TD: jax.Array | reference.Parts,
+    w_VD: jax.Array | reference.Parts,
     labels_T: jax.Array,
     *,
     scale: float = 1.0,
@@ -35,36 +36,41 @@ def linear_cross_entropy(
 ) -> jax.Array:
     """-log softmax(logits)[label] for each token, float32 [T]; 0 (and no gradient) where the label is -100.
 
-    Logits are scale x @ w.T; with a `softcap`, softcap tanh(that / softcap); divided by the temperature."""
+    Logits are scale x @ w.T; with a `softcap`, softcap tanh(that / softcap); divided by the temperature. Tuples stand
+    for the sum of their parts' products, of which each has a D of its own."""
     choose(NAME, implementation, IMPLEMENTATIONS)
-    return _nll(chunk, reference.Form(scale, softcap, temperature), x_TD, w_VD, labels_T)
+    x, w = (parts if isinstance(parts, tuple) else (parts,) for parts in (x_TD, w_VD))
+    return _nll(chunk, reference.Form(scale, softcap, temperature), x, w, labels_T)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _nll(chunk, form, x_TD, w_VD, labels_T):
-    return reference.map_chunks(lambda x, y: reference.nll_of_chunk(x, w_VD, y, form), chunk, x_TD, labels_T)
+def _nll(chunk, form, x, w, labels_T):
+    return reference.map_chunks(lambda x, y: reference.nll_of_chunk(x, w, y, form), chunk, x, labels_T)
 
 
 def _fwd(chunk, form, x, w, labels):
-    x_TD, w_VD, labels_T = x.value, w.value, labels.value
-    nll_and_dx = functools.partial(reference.nll_and_dx_of_chunk, w_VD=w_VD, form=form)
-    nll_T, dx_TD = reference.map_chunks(lambda x, y: nll_and_dx(x, labels_C=y), chunk, x_TD, labels_T)
-    return nll_T, (dx_TD, (x_TD, w_VD, labels_T) if w.perturbed else None)
+    trained = tuple(part.value if part.perturbed else None for part in w)
+    x, w = (tuple(part.value for part in parts) for parts in (x, w))
+    nll_and_dx = functools.partial(reference.nll_and_dx_of_chunk, w=w, form=form)
+    nll_T, dx = reference.map_chunks(lambda x, y: nll_and_dx(x, labels_C=y), chunk, x, labels.value)
+    return nll_T, (dx, (x, w, labels.value, trained) if any(part is not None for part in trained) else None)
 
 
 def _bwd(chunk, form, residuals, dnll_T):
-    dx_TD, for_dw = residuals
+    dx, for_dw = residuals
     if isinstance(dnll_T, jax.custom_derivatives.SymbolicZero):
         dnll_T = jnp.zeros(dnll_T.shape, dnll_T.dtype)
-    dx_TD = dx_TD * dnll_T.astype(dx_TD.dtype)[:, None]
+    dx = tuple(part * dnll_T.astype(part.dtype)[:, None] for part in dx)
     if for_dw is None:
-        return dx_TD, None, None
-    x_TD, w_VD, labels_T = for_dw
-    zero = jnp.zeros(w_VD.shape, jnp.float32)
-    dw_VD = reference.sum_chunks(
-        lambda x, dnll, y: reference.dw_of_chunk(x, w_VD, y, dnll, form), chunk, zero, x_TD, dnll_T, labels_T
+        return dx, None, None
+    x, w, labels_T, trained = for_dw
+    # Parts that are not trained are None, and so is their gradient.
+    zero = jax.tree.map(lambda part: jnp.zeros(part.shape, jnp.float32), trained)
+    dw_of_chunk = functools.partial(reference.dw_of_chunk, w=w, trained=trained, form=form)
+    dw = reference.sum_chunks(
+        lambda x, dnll, y: dw_of_chunk(x, labels_C=y, dnll_C=dnll), chunk, zero, x, dnll_T, labels_T
     )
-    return dx_TD, dw_VD.astype(w_VD.dtype), None
+    return dx, jax.tree.map(lambda part, like: part.astype(like.dtype), dw, trained), None
 
 
 _nll.defvjp(_fwd, _bwd, symbolic_zeros=True)

@@ -13,7 +13,7 @@ def from_hf(hf: dict) -> ModelConfig:
         layers=shared.by_layer_types(hf),
         ropes=(shared.rope(hf),),
         norms="both",
-        attention_multiplier=hf["query_pre_attn_scalar"] ** -0.5,
+        attention_multiplier=shared.number(hf, "query_pre_attn_scalar") ** -0.5,
         attention_softcap=hf["attn_logit_softcapping"],
         logit_softcap=hf["final_logit_softcapping"],
     )

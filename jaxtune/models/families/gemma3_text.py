@@ -19,6 +19,6 @@ def from_hf(hf: dict) -> ModelConfig:
         ),
         norms="both",
         qk_norm="head",
-        attention_multiplier=hf["query_pre_attn_scalar"] ** -0.5,
+        attention_multiplier=shared.number(hf, "query_pre_attn_scalar") ** -0.5,
         logit_softcap=hf["final_logit_softcapping"],
     )

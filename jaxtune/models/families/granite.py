@@ -12,8 +12,8 @@ def from_hf(hf: dict) -> ModelConfig:
         **shared.biases(hf),
         layers=shared.alike(hf),
         ropes=(shared.rope(hf),),
-        embedding_multiplier=float(hf["embedding_multiplier"]),
-        attention_multiplier=float(hf["attention_multiplier"]),
-        residual_multiplier=float(hf["residual_multiplier"]),
-        logit_scale=1 / hf["logits_scaling"],
+        embedding_multiplier=shared.number(hf, "embedding_multiplier"),
+        attention_multiplier=shared.number(hf, "attention_multiplier"),
+        residual_multiplier=shared.number(hf, "residual_multiplier"),
+        logit_scale=1 / shared.number(hf, "logits_scaling"),
     )

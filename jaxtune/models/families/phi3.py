@@ -7,7 +7,7 @@ MODEL_TYPE = "phi3"
 
 
 def from_hf(hf: dict) -> ModelConfig:
-    turned = int(shared.head_dim(hf) * hf["rope_parameters"].get("partial_rotary_factor", 1.0))
+    turned = int(shared.head_dim(hf) * shared.number(hf["rope_parameters"], "partial_rotary_factor", 1.0))
     return ModelConfig(
         **shared.sizes(hf),
         layers=shared.alike(hf, hf["sliding_window"]),

@@ -7,7 +7,7 @@ in today's spelling, whatever the file's.
 import math
 from typing import Any
 
-from jaxtune.errors import UnsupportedModelError
+from jaxtune.errors import ConfigError, UnsupportedModelError
 from jaxtune.models.config import LayerKind, RopeConfig
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -16,7 +16,7 @@ ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 def sizes(hf: dict, *, activation: str = "hidden_act") -> dict[str, Any]:
     """The fields of ModelConfig that every family has; `activation` names the setting that counts."""
-    heads = hf["num_attention_heads"]
+    heads = count(hf, "num_attention_heads")
     return dict(
         vocab_size=hf["vocab_size"],
         hidden_size=hf["hidden_size"],
@@ -26,13 +26,32 @@ def sizes(hf: dict, *, activation: str = "hidden_act") -> dict[str, Any]:
         head_dim=head_dim(hf),
         rms_norm_eps=hf["rms_norm_eps"],
         tie_word_embeddings=bool(hf["tie_word_embeddings"]),
-        max_position=hf["max_position_embeddings"],
+        max_position=count(hf, "max_position_embeddings"),
         activation=_activation(hf, hf[activation]),
     )
 
 
 def head_dim(hf: dict) -> int:
-    return hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    return hf.get("head_dim") or hf["hidden_size"] // count(hf, "num_attention_heads")
+
+
+def number(settings: dict, name: str, default: float | None = None) -> float:
+    """A setting that has to be a positive number; `default`, if there is one, where the file says nothing."""
+    found = settings.get(name)
+    if found is None and default is not None:
+        return default
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < math.inf:
+        raise ConfigError(
+            f"config: {name} is {found!r}.",
+            expected="a positive number.",
+            fix=f"Repair {name} in config.json, or download the model again.",
+        )
+    return float(found)
+
+
+def count(settings: dict, name: str) -> int:
+    """A setting that has to be a whole number of at least 1."""
+    return int(number(settings, name))
 
 
 def biases(hf: dict) -> dict[str, Any]:
@@ -87,42 +106,39 @@ def rope(hf: dict, given: dict | None = None, *, dim: int | None = None) -> Rope
     """One rotary embedding, from `rope_parameters` or a part of it; `dim` numbers of each head are turned."""
     given = hf["rope_parameters"] if given is None else given
     kind = given.get("rope_type", "default")
-    trained = hf["max_position_embeddings"]
-    plain: dict[str, Any] = dict(theta=float(given["rope_theta"]), kind=kind, dim=dim)
+    trained = count(hf, "max_position_embeddings")
+    plain: dict[str, Any] = dict(theta=number(given, "rope_theta"), kind=kind, dim=dim)
     match kind:
         case "default":
             return RopeConfig(**plain)
         case "linear":
-            return RopeConfig(**plain, factor=float(given["factor"]))
+            return RopeConfig(**plain, factor=number(given, "factor"))
         case "dynamic":
-            return RopeConfig(
-                **plain, factor=float(given["factor"]), original_max_position=trained, length=trained
-            )
-    original = int(given.get("original_max_position_embeddings") or trained)
-    factor = float(given.get("factor") or trained / original)
+            factor = number(given, "factor")
+            return RopeConfig(**plain, factor=factor, original_max_position=trained, length=trained)
+    original = int(number(given, "original_max_position_embeddings", trained))
+    factor = number(given, "factor", trained / original)
     plain |= dict(original_max_position=original, factor=factor)
     match kind:
         case "llama3":
             return RopeConfig(
                 **plain,
-                low_freq_factor=float(given["low_freq_factor"]),
-                high_freq_factor=float(given["high_freq_factor"]),
+                low_freq_factor=number(given, "low_freq_factor"),
+                high_freq_factor=number(given, "high_freq_factor"),
             )
         case "yarn":
             return RopeConfig(
                 **plain,
                 attention_factor=_yarn_attention_factor(given, factor),
-                beta_fast=float(given.get("beta_fast") or 32),
-                beta_slow=float(given.get("beta_slow") or 1),
-                truncate=given.get("truncate", True),
+                beta_fast=number(given, "beta_fast", 32),
+                beta_slow=number(given, "beta_slow", 1),
+                truncate=bool(given.get("truncate", True)),
             )
         case "longrope":
-            attention = given.get("attention_factor")
-            if attention is None:
-                attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+            attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
             return RopeConfig(
                 **plain,
-                attention_factor=float(attention),
+                attention_factor=number(given, "attention_factor", attention),
                 short_divisors=tuple(map(float, given["short_factor"])),
                 long_divisors=tuple(map(float, given["long_factor"])),
                 length=original,
@@ -136,11 +152,11 @@ def rope(hf: dict, given: dict | None = None, *, dim: int | None = None) -> Rope
 
 def _yarn_attention_factor(given: dict, factor: float) -> float:
     if given.get("attention_factor") is not None:
-        return float(given["attention_factor"])
+        return number(given, "attention_factor")
 
     def mscale(weight):
         return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
     if given.get("mscale") and given.get("mscale_all_dim"):
-        return mscale(given["mscale"]) / mscale(given["mscale_all_dim"])
+        return mscale(number(given, "mscale")) / mscale(number(given, "mscale_all_dim"))
     return mscale(1)
