@@ -4,10 +4,14 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.kernels.attention import cudnn, reference
-from jaxtune.kernels.choice import choose
+from jaxtune.kernels.choice import Candidates, choose
 
 BLOCK = 512
 """Queries at a time on the XLA path: 4 rows x 4096 keys x 32 heads keep 1 GiB of float32 scores."""
+
+NAME = "attention"
+IMPLEMENTATIONS: Candidates = {"cudnn": cudnn.why_not_here, "xla": None}
+"""By what the machine has; a case may ask for more."""
 
 
 def attention(
@@ -36,9 +40,8 @@ def attention(
     `implementation`: see `kernels.choice`. The output is named "attention" for rematerialisation, and what its backward
     pass needs besides "attention_statistics".
     """
-    device = jax.config.jax_default_device or jax.local_devices()[0]
-    why_not = lambda: cudnn.why_not(device, q_BTHD, lengths_BM, softcap)
-    if choose("attention", implementation, {"cudnn": why_not, "xla": None}) == "cudnn":
+    why_not = lambda: cudnn.why_not_here() or cudnn.why_not(q_BTHD, lengths_BM, softcap)
+    if choose(NAME, implementation, {**IMPLEMENTATIONS, "cudnn": why_not}) == "cudnn":
         assert lengths_BM is not None
         return cudnn.attention(q_BTHD, k_BSKD, v_BSKD, lengths_BM=lengths_BM, scale=scale, window=window)
     out = reference.attention(

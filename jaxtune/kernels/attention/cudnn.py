@@ -32,26 +32,32 @@ class _Packing(NamedTuple):
     """[B, N + 1]: of each segment, -1 where there is none."""
 
 
-def why_not(
-    device: Any, q_BTHD: jax.Array, lengths_BM: jax.Array | None, softcap: float | None
-) -> str | None:
-    """What keeps it from doing this, if anything does."""
+def capability() -> float:
+    """The compute capability of the GPU that is computed on; 0 without one."""
+    device = jax.config.jax_default_device or jax.local_devices()[0]
+    return float(getattr(device, "compute_capability", 0)) if device.platform == "gpu" else 0.0
+
+
+def why_not_here() -> str | None:
+    """What keeps it from running on this machine, if anything does."""
     if cudnn is None:
         return "this version of JAX keeps it in another place"
-    capability = getattr(device, "compute_capability", None)
-    if device.platform != "gpu" or capability is None:
-        return "there is no NVIDIA GPU"
+    return None if capability() >= 8.0 else "it needs an NVIDIA GPU of compute capability 8.0"
+
+
+def why_not(q_BTHD: jax.Array, lengths_BM: jax.Array | None, softcap: float | None) -> str | None:
+    """What keeps it from doing this on a machine where it runs."""
     if lengths_BM is None:
         return "the layout of the rows is not given"
     if softcap is not None:
         return "it has no softcap"
     if q_BTHD.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in 16 bits, not in {q_BTHD.dtype}"
-    hopper, size = float(capability) >= 9.0, q_BTHD.shape[-1]
+    hopper, size = capability() >= 9.0, q_BTHD.shape[-1]
     if size % 8 or size > (256 if hopper else 128):
-        return f"heads of {size} are not its own"
-    if float(capability) < 8.0 or (lengths_BM.shape[1] > 1 and not hopper):
-        return f"compute capability {capability} is not enough"
+        return f"it has no heads of {size}"
+    if lengths_BM.shape[1] > 1 and not hopper:
+        return "rows of several segments need compute capability 9.0"
     return None
 
 
