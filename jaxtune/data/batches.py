@@ -14,7 +14,8 @@ from jaxtune.errors import DatasetError, OptionError
 type Batch = dict[str, np.ndarray]
 """`tokens`, `labels`, `segment_ids`, `positions`: int32 [A, R, L], micro-batches of rows of tokens. `labels` holds the
 token to predict at each place (the sample's next one), -100 where there is none; `segment_ids` counts a row's samples
-from 1, 0 is padding; `positions` starts again with every sample."""
+from 1, 0 is padding; `positions` starts again with every sample. `segment_lengths` [A, R, M] holds each sample's
+length, M being a power of two that is enough for every row."""
 
 # The shapes are chosen by looking at so many steps, or at fewer that have so many samples: that takes about 0.2 s.
 MENU_STEPS, MENU_SAMPLES = 512, 4096
@@ -61,8 +62,13 @@ class BatchStream:
         self._epoch, self._cursor = 0, 0
         self._order = self._order_of(0)
         limits = Limits(accumulation, batch_size, max(self._lengths))
-        steps = islice(self._step_lengths(), min(MENU_STEPS, max(16, MENU_SAMPLES // self._step_size)))
-        self.shapes: tuple[Shape, ...] = shape_menu(list(steps), limits)
+        steps = list(islice(self._step_lengths(), min(MENU_STEPS, max(16, MENU_SAMPLES // self._step_size))))
+        self.shapes: tuple[Shape, ...] = shape_menu(steps, limits)
+        self._segments = dict.fromkeys(self.shapes, 1)
+        for lengths in steps:
+            shape = cheapest_fit(lengths, self.shapes)
+            rows = spread(lengths, shape.all_rows)
+            self._segments[shape] = max(self._segments[shape], *map(len, rows))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -75,7 +81,7 @@ class BatchStream:
         members = self._order[self._cursor : self._cursor + self._step_size].tolist()
         samples = [self._samples[member] for member in members]
         shape = cheapest_fit([self._lengths[member] for member in members], self.shapes)
-        batch = lay_out(samples, shape)
+        batch = lay_out(samples, shape, self._segments[shape])
         self._cursor += len(members)
         steps = -(-self._cursor // self._step_size)
         info = StepInfo(
@@ -133,14 +139,17 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(bits, kind="stable")
 
 
-def lay_out(samples: Sequence[Sample], shape: Shape) -> Batch:
-    """The samples end to end in the rows of a batch of this shape, none cut."""
+def lay_out(samples: Sequence[Sample], shape: Shape, segments: int = 1) -> Batch:
+    """The samples end to end in the rows of a batch of this shape, none cut; so many `segments` a row are expected."""
     batch: Batch = {
         name: np.zeros(shape, dtype=np.int32) for name in ("tokens", "labels", "segment_ids", "positions")
     }
     batch["labels"].fill(IGNORED)
     rows = {name: array.reshape(shape.all_rows, shape.length) for name, array in batch.items()}
-    for row, members in enumerate(spread([len(sample.input_ids) for sample in samples], shape.all_rows)):
+    rows_of_samples = spread([len(sample.input_ids) for sample in samples], shape.all_rows)
+    most = max(segments, *map(len, rows_of_samples))
+    lengths = np.zeros((shape.all_rows, 1 << (most - 1).bit_length()), np.int32)
+    for row, members in enumerate(rows_of_samples):
         start = 0
         for segment, member in enumerate(members, start=1):
             sample = samples[member]
@@ -149,5 +158,6 @@ def lay_out(samples: Sequence[Sample], shape: Shape) -> Batch:
             rows["labels"][row, start : end - 1] = sample.labels[1:]
             rows["segment_ids"][row, start:end] = segment
             rows["positions"][row, start:end] = np.arange(end - start)
+            lengths[row, segment - 1] = end - start
             start = end
-    return batch
+    return batch | {"segment_lengths": lengths.reshape(shape.micro_batches, shape.rows, -1)}

@@ -52,15 +52,17 @@ class CausalLM:
         segments_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
         cache: KVCache | None = None,
+        segment_lengths: jax.Array | None = None,
         remat: Remat | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Hidden states [B, T, M] after the final norm, and the cache (None without one).
 
         `segments_BT` says which tokens see each other (0 is padding, so an attention mask will do); positions default
-        to counting the real tokens of a row, which is right for one sequence per row, padded on either side. The cache
-        must have room for all T tokens: a full one would overwrite its last columns. Without a `dropout_key` nothing
-        is dropped."""
+        to counting the real tokens of a row, which is right for one sequence per row, padded on either side.
+        `segment_lengths` [B, segments] promises that a row's segments lie end to end from its start, so long each. The
+        cache must have room for all T tokens: a full one would overwrite its last columns. Without a `dropout_key`
+        nothing is dropped."""
         if segments_BT is None:
             segments_BT = jnp.ones(tokens_BT.shape, jnp.int32)
         segments_BT = jnp.asarray(segments_BT, jnp.int32)
@@ -75,7 +77,9 @@ class CausalLM:
                 )
             lora = with_settings(lora, self.lora_config, self.module_names, dropout_key)
         decoder = nnx.merge(_define(self.config)[0], params)
-        return decoder(tokens_BT, segments_BT, positions_BT, lora, cache, remat, self.dtype(params))
+        return decoder(
+            tokens_BT, segments_BT, positions_BT, lora, cache, remat, self.dtype(params), segment_lengths
+        )
 
     def dtype(self, params: Params) -> jnp.dtype:
         """Of hidden states, and of a cache."""

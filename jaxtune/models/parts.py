@@ -32,6 +32,8 @@ class Where(NamedTuple):
     """cos and sin for each of the model's ropes."""
     column: jax.Array | None
     """The cache's column that the first token goes to; None without a cache."""
+    lengths_BM: jax.Array | None = None
+    """Of the segments of each row, if they lie end to end (see `kernels.attention`)."""
 
 
 def part(lora: Any, name: str | int) -> Any:
@@ -142,12 +144,12 @@ class Attention(nnx.Module):
             kv_segments_BS=where.kv_segments_BS,
             q_positions_BT=where.positions_BT,
             kv_positions_BS=where.kv_positions_BS,
+            lengths_BM=where.lengths_BM,
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,
         )
-        out = checkpoint_name(out_BTHD.reshape(*x_BTM.shape[:2], -1), "attention")
-        return self.o_proj(out, part(lora, "o_proj")), cache
+        return self.o_proj(out_BTHD.reshape(*x_BTM.shape[:2], -1), part(lora, "o_proj")), cache
 
     def _qkv(self, x_BTM: jax.Array, where: Where, lora: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values [B, T, heads, D], normed and turned."""

@@ -31,7 +31,7 @@ def run(
     """Runs one step for every (batch, facts). `on_record` sees each step's numbers once the next one is under way;
     `on_state` sees the state after each step, which the next one consumes."""
     pending: tuple[int, dict[str, jax.Array], Mapping[str, float]] | None = None
-    shapes: set[tuple[int, ...]] = set()
+    shapes: set[tuple] = set()
     clock = time.perf_counter()
 
     def settle() -> None:
@@ -54,11 +54,11 @@ def run(
 
     for number, (batch, facts) in enumerate(batches, start=int(state.step) + 1):
         shape = batch["tokens"].shape
-        is_new = shape not in shapes
+        is_new = (program := tuple((name, x.shape) for name, x in sorted(batch.items()))) not in shapes
         if is_new:
             # So that the time of compiling is this step's, and the step before it is shown at once.
             settle()
-            shapes.add(shape)
+            shapes.add(program)
             log.info("compiling the step for %d x %d x %d tokens ...", *shape)
         dispatched = time.perf_counter()
         state, metrics = step(state, frozen, batch)

@@ -12,7 +12,8 @@ from jaxtune.models.decoder import Remat
 
 MicroBatch = Mapping[str, jax.Array]
 """`tokens`, `labels`, `segment_ids`, `positions`, int32 [R, L] (a whole batch: [A, R, L]); labels are already shifted,
--100 is not trained on. A `dropout_key` [] (a whole batch: [A]) makes the adapter drop inputs, if its settings do."""
+-100 is not trained on. `segment_lengths` [R, M] promises rows without gaps (see `kernels.attention`). A `dropout_key`
+[] (a whole batch: [A]) makes the adapter drop inputs, if its settings do."""
 
 Loss = Callable[[Lora | None, Params, MicroBatch], jax.Array]
 """The sum over a micro-batch's trained tokens. The step divides by their number in the whole batch."""
@@ -38,6 +39,7 @@ def label_nll(
             batch["tokens"],
             segments_BT=batch["segment_ids"],
             positions_BT=batch["positions"],
+            segment_lengths=batch.get("segment_lengths"),
             remat=remat,
             dropout_key=batch.get("dropout_key"),
         )

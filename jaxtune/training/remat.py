@@ -1,7 +1,7 @@
 """Named levels of rematerialisation: what a block keeps for the backward pass, from everything to nothing.
 
-Names tag values in `models.parts`: "block_input", "qkv" (after rope), "attention", "mid" (the residual between
-attention and MLP), "gate_up". What is not kept is computed again.
+Names tag values in `models.parts`: "block_input", "qkv" (after rope), "mid" (the residual between attention and MLP),
+"gate_up"; and in `kernels.attention`: "attention" and "attention_statistics". What is not kept is computed again.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,12 @@ from jaxtune.errors import OptionError, nearest
 
 _policies = jax.checkpoint_policies
 
+_ATTENTION = ("attention", "attention_statistics")
+
 LEVELS: dict[str, Callable | None] = {
     "none": None,
-    "mlp": _policies.save_only_these_names("qkv", "attention", "mid", "gate_up"),
-    "attention": _policies.save_only_these_names("qkv", "attention", "mid"),
+    "mlp": _policies.save_only_these_names("qkv", *_ATTENTION, "mid", "gate_up"),
+    "attention": _policies.save_only_these_names("qkv", *_ATTENTION, "mid"),
     "block": _policies.nothing_saveable,
     "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],

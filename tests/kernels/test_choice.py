@@ -1,9 +1,11 @@
 """How an op picks its implementation."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxtune.kernels import implementations
+from jaxtune.kernels.attention import cudnn
 from jaxtune.kernels.choice import choose
 from jaxtune.kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -33,6 +35,23 @@ def test_ops_take_the_choice():
     linear_cross_entropy(x, w, y, implementation="xla")
     with pytest.raises(ValueError, match="no implementation 'mosaic'"):
         linear_cross_entropy(x, w, y, implementation="mosaic")
+
+
+def test_what_cudnn_cannot_do(monkeypatch):
+    """On a GPU that has it; here a pretended one."""
+    bf16, one, two = np.zeros((1, 8, 4, 64), jnp.bfloat16), np.array([[8]]), np.array([[4, 4]])
+    monkeypatch.setattr(cudnn, "capability", lambda: 8.0)
+    assert cudnn.why_not_here() is None
+    assert cudnn.why_not(bf16, one, None) is None
+    assert "layout" in cudnn.why_not(bf16, None, None)
+    assert "softcap" in cudnn.why_not(bf16, one, 30.0)
+    assert "float32" in cudnn.why_not(bf16.astype(np.float32), one, None)
+    assert "heads of 36" in cudnn.why_not(bf16[..., :36], one, None)
+    assert "capability 9.0" in cudnn.why_not(bf16, two, None)
+    monkeypatch.setattr(cudnn, "capability", lambda: 9.0)
+    assert cudnn.why_not(bf16, two, None) is None
+    monkeypatch.setattr(cudnn, "capability", lambda: 7.5)
+    assert "8.0" in cudnn.why_not_here()
 
 
 def test_every_op_runs_on_this_machine():
