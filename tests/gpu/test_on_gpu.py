@@ -92,7 +92,9 @@ def test_cudnn_attends_as_xla_does(lengths, window, head_dim):
                 kv_positions_BS=positions, scale=head_dim**-0.5, window=window, lengths_BM=jnp.asarray(lengths),
                 implementation=implementation,
             )  # fmt: skip
-            return jnp.where(real, out.astype(jnp.float32) * w, 0).sum(), jnp.where(real, out, 0)
+            return jnp.where(real, out.astype(jnp.float32) * w.astype(jnp.float32), 0).sum(), jnp.where(
+                real, out, 0
+            )
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
 
