@@ -202,6 +202,12 @@ class FastLanguageModel:
         As in Unsloth, `embed_tokens` and `lm_head` among a list of `target_modules` are trained whole, and
         `finetune_last_n_layers` leaves the earlier layers alone. As in PEFT, a regular expression that matches those
         two gives them low-rank adapters."""
+        if random_state is not None and type(random_state) is not int:
+            raise OptionError(
+                f"random_state={random_state!r}.",
+                expected="a whole number.",
+                fix="Choose, for example, 3407.",
+            )
         if not isinstance(model, LanguageModel):
             raise OptionError(
                 f"get_peft_model was given a {type(model).__name__}.",
@@ -214,8 +220,6 @@ class FastLanguageModel:
             )
             return model
         target_modules = _names(PROJECTIONS if target_modules is None else target_modules)
-        if model.causal_lm.config.fused_projections and set(target_modules) == set(PROJECTIONS):
-            target_modules = FUSED_PROJECTIONS  # the seven names mean all of them
         _check_loftq(loftq_config)
         if finetune_last_n_layers is not None:
             layers_to_transform = _last_layers(model, finetune_last_n_layers, layers_to_transform)
@@ -225,6 +229,8 @@ class FastLanguageModel:
             named = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save or ()
             modules_to_save = [*named, *(name for name in target_modules if name in WHOLE_MODULES)]
             target_modules = [name for name in target_modules if name not in WHOLE_MODULES]
+            if model.causal_lm.config.fused_projections and set(target_modules) == set(PROJECTIONS):
+                target_modules = FUSED_PROJECTIONS  # the seven names mean all of them
         config = LoraConfig(
             r=r,
             lora_alpha=lora_alpha,
@@ -286,6 +292,12 @@ def add_new_tokens(
 
     `method="mean"` starts each at the mean of the trained rows, "interpolation" that far towards the mean of the pieces
     its text had before."""
+    if not isinstance(model, LanguageModel):
+        raise OptionError(
+            f"add_new_tokens was given a {type(model).__name__} for its model.",
+            expected="a LanguageModel, then its tokenizer.",
+            fix="add_new_tokens(model, tokenizer, [...]).",
+        )
     if model.lora is not None:
         raise AdapterError(
             "add_new_tokens was given a model that has an adapter.",
@@ -294,7 +306,7 @@ def add_new_tokens(
         )
     if not new_tokens:
         return
-    new_token_rows.require_method(method, interpolation)
+    new_token_rows.require_options(method, interpolation, pad_to_multiple_of)
     first = len(tokenizer)
     pieces = new_token_rows.add_to_tokenizer(tokenizer, new_tokens)
     model.causal_lm, grown = new_token_rows.grow(

@@ -17,6 +17,17 @@ OURS = ("adapter_config.json", "metrics.jsonl", "tokenizer_config.json")
 """What else a folder of ours may be known by: an adapter, a run, a tokenizer that was saved before its model."""
 
 
+def named(folder: str | Path) -> Path:
+    """The folder that a caller asked to write to."""
+    if not isinstance(folder, str | Path) or not str(folder):
+        raise OutputFolderError(
+            f"The folder to write to is {folder!r}.",
+            expected="a path.",
+            fix='Pass one, such as "outputs/model".',
+        )
+    return Path(folder)
+
+
 @contextlib.contextmanager
 def staged(target: str | Path, marker: str, replaces: Sequence[str] = ()) -> Iterator[Path]:
     """A temporary folder to write into; on success it takes the target's place, with those of the target's files that

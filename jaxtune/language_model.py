@@ -12,17 +12,20 @@ import numpy as np
 
 from jaxtune.errors import AdapterError, ModelNotFoundError, OptionError, nearest
 from jaxtune.export.adapter import save_adapter
+from jaxtune.export.bnb_folder import save_bnb
 from jaxtune.export.gguf.folder import check_methods, save_gguf
 from jaxtune.export.merged_folder import parse_size, save_merged_16bit
 from jaxtune.export.weights import Weight, own_weights
 from jaxtune.inference.generate import ends, generate
 from jaxtune.loading.hub import resolve
+from jaxtune.loading.tokenizer import require_rows
 from jaxtune.log import get_logger
 from jaxtune.lora import tree as lora_tree
 from jaxtune.lora.config import EMBEDDING, LoraConfig
 from jaxtune.models import names
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.options import ANY, mirrors
+from jaxtune.quant import PackedArray
 
 log = get_logger(__name__)
 
@@ -142,16 +145,15 @@ class LanguageModel:
 
     @mirrors({"safe_serialization": True, "push_to_hub": False})
     def save_pretrained(self, save_directory: str | Path, tokenizer: Any = None) -> None:
-        """Writes the adapter as a PEFT folder (and the tokenizer, if given); of a fully fine-tuned model, all of it."""
-        if self.full_finetuning:
-            self.save_pretrained_merged(save_directory, tokenizer)
-            return
+        """Writes the adapter as a PEFT folder (and the tokenizer, if given). A model without one is written whole, as
+        transformers would: packed weights as a bitsandbytes checkpoint, others as the original's."""
         if self.lora is None or self.causal_lm.lora_config is None:
-            raise AdapterError(
-                "This model has no adapter to save.",
-                expected="a model that went through get_peft_model.",
-                fix="Call FastLanguageModel.get_peft_model first, or save_pretrained_merged for the whole model.",
-            )
+            if any(map(_is_packed, jax.tree.leaves(self.params, is_leaf=_is_packed))):
+                folder, saved = self.original_folder(), self._saved_tokenizer(tokenizer)
+                save_bnb(save_directory, folder, self.causal_lm, self.params, tokenizer=saved)
+            else:
+                self.save_pretrained_merged(save_directory, tokenizer)
+            return
         save_adapter(
             save_directory,
             self.lora,
@@ -245,7 +247,16 @@ class LanguageModel:
 
     def _saved_tokenizer(self, given: Any) -> Any:
         """An embedding of its own may have new tokens, which the original's tokenizer lacks."""
-        return self.tokenizer if given is None and EMBEDDING in self.own_parts else given
+        if given is None:
+            return self.tokenizer if EMBEDDING in self.own_parts else None
+        if not hasattr(given, "save_pretrained"):
+            raise OptionError(
+                f"The tokenizer that is to be saved is {given!r}.",
+                expected="the tokenizer that from_pretrained returned.",
+                fix="Pass that, or leave it out.",
+            )
+        require_rows(given, self.causal_lm.config.vocab_size)
+        return given
 
     def module_names(self, path: names.Path) -> list[str]:
         """The Hugging Face name of each repeat of a stacked module."""
@@ -283,6 +294,10 @@ class LanguageModel:
     def _pad_id(self, stops: Sequence[int]) -> int:
         pad = getattr(self.tokenizer, "pad_token_id", None)
         return pad if pad is not None else next(iter(stops), 0)
+
+
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, PackedArray)
 
 
 def _rows(ids: Any) -> list[np.ndarray]:

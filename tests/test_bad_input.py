@@ -250,6 +250,64 @@ def test_a_setting_of_another_kind(model, name, value):
         FastLanguageModel.get_peft_model(model, **{name: value})
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"use_dora": "no"}, ["use_dora='no'", "True or False"]),
+        ({"random_state": 1.5}, ["random_state=1.5"]),
+        ({"exclude_modules": ["qq_proj"]}, ["exclude_modules has 'qq_proj'", "q_proj"]),
+        ({"target_modules": ["embed_tokens"]}, ["names no linear", "trained whole"]),
+        ({"exclude_modules": ".*"}, ["q_proj"]),
+    ],
+)
+def test_settings_that_leave_nothing_or_say_nothing(model, settings, words):
+    with fails((errors.AdapterError, errors.OptionError), *words):
+        FastLanguageModel.get_peft_model(model, **settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"load_in_8bit": "false"}, ["load_in_8bit='false'"]),
+        ({"full_finetuning": "yes"}, ["full_finetuning='yes'"]),
+        ({"quantization_config": "nf4"}, ["quantization_config='nf4'", "load_in_fp8"]),
+        (
+            {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quanttype": "nf4"}},
+            ["Did you mean 'bnb_4bit_quant_type'"],
+        ),
+        (
+            {"quantization_config": {"load_in_4bit": True}, "load_in_4bit": False},
+            ["load_in_4bit=False", "one precision"],
+        ),
+    ],
+)
+def test_a_precision_that_is_mistyped(good, options, words):
+    with fails(errors.OptionError, *words):
+        load(good, **options)
+
+
+def test_a_tokenizer_that_is_too_large_for_the_model(adapted, tmp_path):
+    """It is neither trained with nor saved."""
+    large = models.fresh_tokenizer()
+    large.add_tokens([f"<b{i}>" for i in range(100)])
+    with fails(errors.ConfigError, "The tokenizer that was given has", "add_new_tokens"):
+        SFTTrainer(adapted, SFTConfig(max_steps=1), train_dataset=[{"text": "<b99> hi"}], tokenizer=large)
+    for save in (adapted.save_pretrained, adapted.save_pretrained_merged):
+        with fails(errors.ConfigError, "The tokenizer that was given has"):
+            save(tmp_path / "out", large)
+        with fails(errors.OptionError, "'tok'"):
+            save(tmp_path / "out", "tok")
+        with fails(errors.OutputFolderError, "None"):
+            save(None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_in_its_bases_folder(broken):
+    model = FastLanguageModel.get_peft_model(load(broken)[0], r=4)
+    with fails(errors.OutputFolderError, "holds a model"):
+        model.save_pretrained(broken)
+
+
 def test_settings_that_may_be_left_open(model):
     open_ones = FastLanguageModel.get_peft_model(
         model, target_modules=None, random_state=None, modules_to_save="lm_head"
@@ -320,9 +378,9 @@ def test_a_regex_that_is_none(model):
         FastLanguageModel.get_peft_model(model, target_modules="(q_proj")
 
 
-def test_saving_without_an_adapter(model, tmp_path):
-    with fails(errors.AdapterError, "no adapter"):
-        model.save_pretrained(tmp_path / "out")
+def test_saving_without_an_adapter_in_a_precision_that_nobody_reads(good, tmp_path):
+    with fails(errors.UnsupportedModelError, "float8", "load_in_4bit"):
+        load(good, load_in_fp8=True)[0].save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

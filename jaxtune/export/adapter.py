@@ -6,7 +6,9 @@ from typing import Any
 
 from safetensors.numpy import save_file
 
-from jaxtune.folders import staged
+from jaxtune.errors import OutputFolderError
+from jaxtune.folders import named, staged
+from jaxtune.loading.config import CONFIG_FILE
 from jaxtune.lora import peft_format
 from jaxtune.lora.config import LoraConfig, ModuleNames
 from jaxtune.lora.tables import Tables, table_names
@@ -25,6 +27,12 @@ def save_adapter(
     tables: Tables | None = None,
 ) -> None:
     """`tables` are the base's, where they are not the original's."""
+    if (named(folder) / CONFIG_FILE).is_file():
+        raise OutputFolderError(
+            f"{folder} holds a model.",
+            expected="a folder of its own: whoever loads one that has both takes the adapter.",
+            fix="Choose another name.",
+        )
     with staged(folder, marker=peft_format.CONFIG_FILE) as stage:
         tensors = dict(peft_format.to_tensors(adapter, config, module_names))
         table_name = table_names(config, module_names)

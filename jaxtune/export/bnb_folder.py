@@ -23,7 +23,7 @@ from jaxtune.export.merged_folder import (
 )
 from jaxtune.export.safetensors_stream import Entry, write_safetensors
 from jaxtune.export.weights import Weight, weights
-from jaxtune.folders import staged
+from jaxtune.folders import named, staged
 from jaxtune.kernels.nf4 import layout
 from jaxtune.loading.config import CONFIG_FILE
 from jaxtune.models.causal_lm import CausalLM, Params
@@ -43,7 +43,7 @@ def save_bnb(
     max_shard_size: int | str = "5GB",
 ) -> None:
     """Writes `params` as they are, with the settings and the tokenizer of `base`, the folder that they came from."""
-    folder, limit = Path(folder), parse_size(max_shard_size)
+    folder, limit = named(folder), parse_size(max_shard_size)
     formats: set[Format] = set()
     kept: list[str] = []
     tensors: Tensors = {}

@@ -23,6 +23,8 @@ from jaxtune.lora.init import rest_of
 from jaxtune.lora.tree import Tree, layers
 
 EMBEDDING_WEIGHT, HEAD_WEIGHT = f"{lora_config.EMBEDDING_PATH}.weight", f"{lora_config.HEAD_PATH}.weight"
+SCALES = (".absmax", ".SCB", ".weight_scale", ".weight_scale_inv")
+"""What lies beside a quantised weight, which itself may go by any dtype."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,7 @@ class MergedCheckpoint:
         """Without `lora` and `own` it is the checkpoint as it is; `tied` says whether its head is the embedding.
         Everything that can be checked without reading weights is."""
         own = own or {}
+        _require_original(checkpoint)
         if lora is None or config is None:
             return cls(checkpoint, {}, own)
         if config.init_lora_weights == LOFTQ:
@@ -163,9 +166,17 @@ def _require_fit(merged: MergedCheckpoint, name: str, shape: tuple[int, ...]) ->
             expected="the checkpoint that the adapter was trained on.",
             fix="Merge into that base model.",
         )
-    if not jnp.issubdtype(checkpoint.dtype(name), jnp.floating) or checkpoint.dtype(name).itemsize < 2:
-        raise CheckpointError(
-            f"{checkpoint.folder}: {name} is stored as {checkpoint.dtype(name)}.",
-            expected="float32, float16 or bfloat16: an adapter is merged into original weights, not quantised ones.",
-            fix="Name the original 16-bit model instead of a quantised copy.",
-        )
+
+
+def _require_original(checkpoint: Checkpoint) -> None:
+    """What is packed can take no change, and without its scales' settings means nothing."""
+    for name in checkpoint.names:
+        dtype = checkpoint.dtype(name)
+        packed = dtype.itemsize < 2 or not jnp.issubdtype(dtype, jnp.floating)
+        if name.endswith(SCALES) or (name.endswith(".weight") and packed):
+            raise CheckpointError(
+                f"{checkpoint.folder} holds quantised weights: {name} ({dtype}).",
+                expected="float32, float16 or bfloat16: a merge is of original weights, not quantised ones.",
+                fix="Set model.name_or_path to the original 16-bit model and save again; or save the adapter, or the "
+                "quantised model as it is, with save_pretrained.",
+            )

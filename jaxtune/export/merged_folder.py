@@ -16,7 +16,7 @@ from jaxtune.errors import OptionError, OutputFolderError
 from jaxtune.export.merge import MergedCheckpoint
 from jaxtune.export.safetensors_stream import Entry, write_safetensors
 from jaxtune.export.weights import Weight
-from jaxtune.folders import staged
+from jaxtune.folders import named, staged
 from jaxtune.loading.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from jaxtune.loading.config import CONFIG_FILE, read_config
 from jaxtune.loading.ends import GENERATION_FILE
@@ -56,7 +56,7 @@ def save_merged_16bit(
     Shards are the original's, names and all, unless one is larger than `max_shard_size`. `tokenizer=None` copies the
     original's files; a given one is saved as it is, with the chat template that it was trained with. If `config` is
     the original's stretched to longer sequences, or with more tokens, config.json says so."""
-    folder, limit = Path(folder), parse_size(max_shard_size)
+    folder, limit = named(folder), parse_size(max_shard_size)
     with Checkpoint(base) as checkpoint:
         _refuse_other_models(folder, base)
         merged = MergedCheckpoint.of(

@@ -18,8 +18,14 @@ from jaxtune.models.causal_lm import CausalLM, Params
 METHODS = ("mean", "interpolation")
 
 
-def require_method(method: str, interpolation: float) -> None:
-    if method not in METHODS or not 0 <= interpolation <= 1:
+def require_options(method: str, interpolation: float, pad_to_multiple_of: int | None) -> None:
+    if pad_to_multiple_of is not None and (type(pad_to_multiple_of) is not int or pad_to_multiple_of < 1):
+        raise OptionError(
+            f"add_new_tokens was given pad_to_multiple_of={pad_to_multiple_of!r}.",
+            expected="a whole number of at least 1, or None.",
+            fix="Choose, for example, 64.",
+        )
+    if method not in METHODS or not isinstance(interpolation, int | float) or not 0 <= interpolation <= 1:
         raise OptionError(
             f"add_new_tokens was given method={method!r}, interpolation={interpolation!r}.",
             expected='"mean" or "interpolation", and a number from 0 to 1.',
@@ -29,7 +35,8 @@ def require_method(method: str, interpolation: float) -> None:
 
 def add_to_tokenizer(tokenizer: Any, new_tokens: Sequence[str]) -> list[list[int]]:
     """Adds the tokens in place; for each, the ids of the pieces that its text had before."""
-    if isinstance(new_tokens, str) or not all(isinstance(token, str) and token for token in new_tokens):
+    listed = isinstance(new_tokens, list | tuple | set | frozenset)
+    if not listed or not all(isinstance(token, str) and token for token in new_tokens):
         raise OptionError(
             f"new_tokens={new_tokens!r}.",
             expected='a list of strings, as in ["<think>"].',

@@ -6,10 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxtune.errors import OptionError, UnsupportedModelError
+from jaxtune.errors import OptionError, UnsupportedModelError, nearest
 from jaxtune.quant import Float8, Format, FourBit, Int8, Unpacked
 
 NEVER_PACKED = ("embed_tokens", "lm_head")
+CONFIG_NAMES = (
+    "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype",
+    "bnb_4bit_quant_storage", "llm_int8_threshold", "llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload",
+    "llm_int8_has_fp16_weight", "quant_method",
+)  # fmt: skip
 KNOWN_METHODS = ("bitsandbytes", "fp8")
 
 
@@ -24,6 +29,14 @@ def choose_precision(
 ) -> Format | None:
     """The one precision that was asked for; None if none was: the checkpoint's own, or NF4. Weights that are all to be
     trained are not packed."""
+    for name, given in (
+        ("load_in_4bit", load_in_4bit),
+        ("load_in_8bit", load_in_8bit),
+        ("load_in_16bit", load_in_16bit),
+        ("full_finetuning", full_finetuning),
+    ):
+        if given not in (True, False, None):
+            raise OptionError(f"{name}={given!r}.", expected="True or False.", fix="Pass one of the two.")
     asked: dict[str, Format] = {}
     if full_finetuning:
         asked["full_finetuning=True"] = Unpacked()
@@ -39,6 +52,8 @@ def choose_precision(
         asked["quantization_config"] = _from_config(quantization_config)
         if asked["quantization_config"].bits == 4:
             asked.pop("load_in_4bit=True", None)  # likewise
+            if load_in_4bit is False:
+                asked["load_in_4bit=False"] = Unpacked()
     if len(asked) > 1:
         raise OptionError(
             f"from_pretrained was given {' and '.join(asked)}.",
@@ -62,6 +77,20 @@ def _float8(value: bool | str) -> Float8:
 
 def _from_config(config: Any) -> Format:
     """transformers' BitsAndBytesConfig, or a mapping of its names."""
+
+    if isinstance(config, Mapping):
+        if unknown := [name for name in config if name not in CONFIG_NAMES]:
+            raise OptionError(
+                f"quantization_config has {unknown[0]!r}.",
+                expected=f"names of BitsAndBytesConfig: {', '.join(CONFIG_NAMES)}.",
+                fix=f"Correct it, or leave it out.{nearest(str(unknown[0]), CONFIG_NAMES)}",
+            )
+    elif not hasattr(config, "load_in_4bit"):
+        raise OptionError(
+            f"quantization_config={config!r}.",
+            expected="a BitsAndBytesConfig, or a dict of its names.",
+            fix="Use load_in_fp8 for float8, load_in_8bit or load_in_4bit for the others.",
+        )
 
     def get(name: str, default: Any) -> Any:
         found = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)

@@ -53,7 +53,7 @@ def load_tokenizer(
         log.info("the tokenizer names no eos token; the model's own is %r", tokenizer.eos_token)
     _ensure_pad_token(tokenizer, folder, vocab_size)
     if vocab_size is not None:
-        _require_rows(tokenizer, folder, vocab_size)
+        require_rows(tokenizer, vocab_size, f"The tokenizer in {folder}")
     return tokenizer
 
 
@@ -127,7 +127,12 @@ def _unused_token(tokenizer: "PreTrainedTokenizerBase", vocab_size: int | None) 
     return next((token for token in candidates if token in vocabulary and token not in template), None)
 
 
-def _require_rows(tokenizer: "PreTrainedTokenizerBase", folder: Path, vocab_size: int) -> None:
+def require_rows(
+    tokenizer: "PreTrainedTokenizerBase", vocab_size: int, whose: str = "The tokenizer that was given"
+) -> None:
+    """A lookup beyond the embedding would be clamped to its last row, without a word."""
+    if not hasattr(tokenizer, "get_vocab"):  # a processor, say
+        return
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
     if not beyond:
         return
@@ -137,7 +142,7 @@ def _require_rows(tokenizer: "PreTrainedTokenizerBase", folder: Path, vocab_size
         return
     first = min(beyond, key=beyond.__getitem__)
     raise ConfigError(
-        f"The tokenizer in {folder} has {len(beyond)} tokens that the model's embedding of {vocab_size:,} rows does "
+        f"{whose} has {len(beyond)} tokens that the model's embedding of {vocab_size:,} rows does "
         f"not hold, the first {first!r} with id {beyond[first]:,}.",
         expected="a row for every token.",
         fix="Use the tokenizer that belongs to the model; to add tokens, load the model's own and call add_new_tokens.",

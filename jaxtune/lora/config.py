@@ -282,6 +282,9 @@ def _require_kind(name: str, value: Any) -> None:
             pairs = value.items() if isinstance(value, Mapping) else value
             listed = isinstance(pairs, tuple) or isinstance(value, Mapping)
             good = value is None or (listed and all(len(p) == 2 and isinstance(p[0], str) for p in pairs))
+        case "use_rslora" | "use_dora" | "ensure_weight_tying":
+            expected = "True or False."
+            good = isinstance(value, bool)
         case "lora_dropout":
             expected = "a number."
             good = isinstance(value, int | float) and not isinstance(value, bool)

@@ -205,7 +205,7 @@ def _require_all_found(adapter: Tree, params: Tree, config: LoraConfig, module_n
     if isinstance(targets, tuple):
         idle = [name for name in targets or ("",) if not any(selects((name,), module) for module in every)]
     if not idle and not adapter:
-        idle = [str(targets)]
+        idle = [targets if isinstance(targets, str) else ", ".join(targets)]
     absent = [i for i in config.layers_to_transform or () if not any(f".{i}." in name for name in every)]
     if absent:
         raise AdapterError(
@@ -215,10 +215,22 @@ def _require_all_found(adapter: Tree, params: Tree, config: LoraConfig, module_n
         )
     if idle:
         raise AdapterError(
-            f"target_modules={idle[0]!r} matches no linear of this model, or none that other settings leave.",
-            expected=f"some of {', '.join(known)}.",
+            f"target_modules={idle[0]!r} matches no linear of this model, or none that other settings leave."
+            if idle[0]
+            else "target_modules names no linear for an adapter.",
+            expected=f"some of {', '.join(known)}; of embed_tokens and lm_head in a list, which are trained whole, "
+            "besides others.",
             fix=f"Correct it, or leave it out.{nearest(idle[0], known)}",
         )
+    excluded = config.exclude_modules
+    for name in (excluded,) if isinstance(excluded, str) else excluded or ():
+        one = name if isinstance(excluded, str) else (name,)
+        if not any(selects(one, module) for module in every):
+            raise AdapterError(
+                f"exclude_modules has {name!r}, which matches no module.",
+                expected=f"some of {', '.join(known)}.",
+                fix=f"Correct it, or leave it out.{nearest(name, known)}",
+            )
     adapted = [name for name in every if config.targets(name)]
     for option in ("rank_pattern", "alpha_pattern"):
         for pattern, _ in getattr(config, option):

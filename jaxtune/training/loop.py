@@ -48,7 +48,8 @@ def run(
             raise DivergenceError(
                 f"At step {number} the loss is {values['loss']} and the gradient's norm {values['grad_norm']}.",
                 expected="finite numbers.",
-                fix="Lower learning_rate, keep max_grad_norm at 1.0, and look at the samples of that step.",
+                fix="Lower learning_rate, keep max_grad_norm at 1.0, and look at the samples of that step. A model "
+                "in float16 may need dtype='bfloat16': float16 ends at 65504.",
             )
         on_record(record)
 

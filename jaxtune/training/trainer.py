@@ -13,6 +13,7 @@ import jax
 import optax
 
 from jaxtune.errors import AdapterError, DivergenceError, OptionError
+from jaxtune.loading.tokenizer import require_rows
 from jaxtune.log import show
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.models.decoder import Remat
@@ -99,6 +100,7 @@ class Trainer:
         self.processing_class: Any = next(
             (t for t in (processing_class, tokenizer, model.tokenizer) if t is not None), None
         )
+        require_rows(self.processing_class, model.causal_lm.config.vocab_size)
         self.log_history: list[Record] = []
 
     def _remat(self) -> Remat | None:

@@ -116,7 +116,7 @@ def test_another_base_than_the_adapters(adapted, tmp_path, how):
 
 def test_a_quantised_base(adapted, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoint, "dtype", lambda self, name: jax.numpy.dtype("uint8"))
-    with fails(errors.CheckpointError, "is stored as uint8", "original 16-bit model"):
+    with fails(errors.CheckpointError, "holds quantised weights", "(uint8)", "original 16-bit model"):
         adapted.save_merged(tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 from jaxtune import FastLanguageModel
 from jaxtune.errors import ModelNotFoundError, OptionError
 from tests.kit import models
-from tests.kit.compare import assert_close, relative_rms
+from tests.kit.compare import assert_close, assert_trees_equal, relative_rms
 
 IDS = np.random.default_rng(0).integers(5, 300, (1, 20)).astype(np.int32)
 
@@ -48,6 +48,14 @@ def test_gguf_and_modelfile(trained, tmp_path):
 def test_the_adapter_alone(trained, tmp_path):
     trained[0].save_pretrained_merged(tmp_path / "lora", save_method="lora")
     assert (tmp_path / "lora" / "adapter_config.json").is_file()
+
+
+def test_a_model_without_an_adapter_is_saved_as_it_is(trained, tmp_path):
+    """As transformers would: here in 16 or 32 bits, and so the very checkpoint; packed ones are bitsandbytes'."""
+    _, base = trained
+    base.save_pretrained(tmp_path / "whole", models.tokenizer())
+    again, _ = FastLanguageModel.from_pretrained(tmp_path / "whole", dtype="float32", load_in_16bit=True)
+    assert_trees_equal(again.params, base.params)
 
 
 def test_a_base_that_is_gone(trained, tmp_path):

@@ -87,6 +87,10 @@ def test_rows_without_training_do_not_count(folder):
         ({"new_tokens": "<a>"}, "a list of strings"),
         ({"new_tokens": ["<a>"], "method": "meam"}, "Did you mean 'mean'"),
         ({"new_tokens": ["<a>"], "method": "interpolation", "interpolation": 2}, "from 0 to 1"),
+        ({"new_tokens": ["<a>"], "interpolation": "a"}, "from 0 to 1"),
+        ({"new_tokens": ["<a>"], "pad_to_multiple_of": "8"}, "pad_to_multiple_of='8'"),
+        ({"new_tokens": ["<a>"], "pad_to_multiple_of": -8}, "pad_to_multiple_of=-8"),
+        ({"new_tokens": 5}, "a list of strings"),
     ],
 )
 def test_what_cannot_be_added(folder, options, word):

@@ -130,7 +130,7 @@ def test_what_we_quantise_they_load(plain, tmp_path):
     """From 16 bits: our codes and scales, in their format, give their logits."""
     source = plain("nf4")
     ours, tokenizer = FastLanguageModel.from_pretrained(source, dtype="float32", load_in_4bit=True)
-    save_bnb(tmp_path / "ours", source, ours.causal_lm, ours.params, tokenizer=tokenizer)
+    ours.save_pretrained(tmp_path / "ours", tokenizer)
     mine = ours.apply(ours.params, None, jnp.asarray(TOKENS))
     assert_close(mine, logits(load_theirs(tmp_path / "ours")), 1e-5)
 
@@ -164,7 +164,7 @@ def test_bytes_by_another_name(plain, tmp_path, storage):
 def test_int8_checkpoints_too(plain, tmp_path):
     source = plain("nf4")
     ours, _ = FastLanguageModel.from_pretrained(source, dtype="float32", load_in_8bit=True)
-    save_bnb(tmp_path / "int8", source, ours.causal_lm, ours.params)
+    ours.save_pretrained(tmp_path / "int8")
     theirs = load_theirs(tmp_path / "int8")
     again, _ = FastLanguageModel.from_pretrained(tmp_path / "int8", dtype="float32")
     for (name, a), (_, b) in zip(our_weights(ours), our_weights(again), strict=True):
@@ -174,6 +174,25 @@ def test_int8_checkpoints_too(plain, tmp_path):
         np.testing.assert_array_equal(b.codes, module.weight.data.numpy())
     # bitsandbytes rounds activations to int8 as well, which we do not.
     assert_close(again.apply(again.params, None, jnp.asarray(TOKENS)), logits(theirs), 0.05)
+
+
+@pytest.mark.parametrize("storage", ["uint8", "float32"])
+def test_a_merge_is_not_of_a_quantised_base(plain, tmp_path, storage):
+    """Nothing is written; with the original named, the very model is merged."""
+    write_theirs(plain("nf4"), tmp_path / "bnb", FourBit(), bnb_4bit_quant_storage=getattr(torch, storage))
+    bare, _ = FastLanguageModel.from_pretrained(tmp_path / "bnb", dtype="float32")
+    model = FastLanguageModel.get_peft_model(bare, r=4, init_lora_weights=False)
+    for each in (bare, model):
+        with pytest.raises(CheckpointError, match=r"(?s)holds quantised weights: .*Set model.name_or_path"):
+            each.save_pretrained_merged(tmp_path / "merged")
+        with pytest.raises(CheckpointError, match="holds quantised weights"):
+            each.save_pretrained_gguf(tmp_path / "merged", quantization_method="f32")
+    assert not list(tmp_path.glob("merged*"))
+    model.name_or_path = str(plain("nf4"))
+    model.save_pretrained_merged(tmp_path / "merged")
+    whole, _ = FastLanguageModel.from_pretrained(plain("nf4"), dtype="float32", load_in_16bit=True)
+    ours = model.causal_lm.apply(whole.params, model.lora, jnp.asarray(TOKENS))
+    assert_close(ours, logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), 1e-4)
 
 
 @pytest.fixture(scope="module")

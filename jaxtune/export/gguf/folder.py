@@ -19,7 +19,7 @@ from jaxtune.export.gguf.writer import TensorInfo, write_gguf
 from jaxtune.export.merge import MergedCheckpoint
 from jaxtune.export.ollama import MODELFILE, modelfile
 from jaxtune.export.weights import Weight
-from jaxtune.folders import staged
+from jaxtune.folders import named, staged
 from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.lora.config import LoraConfig, ModuleNames
 from jaxtune.lora.tree import Tree
@@ -66,7 +66,7 @@ def save_gguf(
     called: its hub id, say, of which files take the last part. Gives the paths of the files."""
     given = check_methods(quantization_method)
     tensors.require_llama(config)
-    folder = Path(f"{Path(folder)}_gguf")
+    folder = Path(f"{named(folder)}_gguf")
     title = Path(name).name or "model"
     with Checkpoint(base) as checkpoint:
         tied = config.tie_word_embeddings
