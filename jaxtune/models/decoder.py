@@ -5,7 +5,7 @@ Called with tokens it returns hidden states: logits belong to the fused loss, or
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,15 @@ from jaxtune.models.cache import KVCache, LayerCache
 from jaxtune.models.config import LayerKind, ModelConfig
 from jaxtune.models.parts import Block, Embedding, Linear, RMSNorm, Where, part
 
-Remat = Callable[[Callable], Callable]
-"""What to do with a block before it is scanned; `training.remat` has the named ones."""
+
+class Remat(NamedTuple):
+    """How blocks are trained; `training.remat` has the named ways."""
+
+    policy: Callable | None
+    """What a block keeps for its backward pass (see `jax.checkpoint`); None is everything."""
+    unrolled: bool = False
+    """Each layer a piece of the program, instead of a loop over them: what is kept then need not be copied into stacks
+    and out of them again, but every layer is compiled."""
 
 
 class Decoder(nnx.Module):
@@ -79,6 +86,19 @@ def _stack(c: ModelConfig, repeats: int, kind: LayerKind) -> Block:
     return jax.vmap(lambda _: Block(c, kind))(jnp.arange(repeats))
 
 
+def _unstacked(stacks: Any, repeats: int) -> list[Any]:
+    """Each layer's part of a tree of stacks. The gradient of a split is one concatenation; that of as many slices would
+    be as many sums of whole stacks."""
+
+    def parts(stack: jax.Array) -> list[jax.Array]:
+        if jnp.issubdtype(stack.dtype, jnp.floating):
+            return [part[0] for part in lax.split(stack, (1,) * repeats)]
+        return [stack[i] for i in range(repeats)]
+
+    leaves, structure = jax.tree.flatten(stacks)
+    return [jax.tree.unflatten(structure, layer) for layer in zip(*map(parts, leaves), strict=True)]
+
+
 def _scan(
     blocks: list[Block],
     adapters: list,
@@ -101,10 +121,17 @@ def _scan(
                 out.append(None if mine is None else (mine.keys, mine.values))
         return (x, None if stacks is None else out), None
 
+    if remat is not None and remat.policy is not None:
+        # Inside a loop nothing can be shared between forward and backward, so CSE needs no preventing.
+        super_block = jax.checkpoint(super_block, policy=remat.policy, prevent_cse=remat.unrolled)
     repeats = jax.tree.leaves(blocks)[0].shape[0]
     stacks = None if cache is None else list(zip(cache.keys[s], cache.values[s], strict=True))
     layers = (blocks, adapters, jnp.arange(repeats))
-    (x_BTM, stacks), _ = lax.scan(remat(super_block) if remat else super_block, (x_BTM, stacks), layers)
+    if remat is not None and remat.unrolled:
+        for layer in _unstacked(layers, repeats):
+            (x_BTM, stacks), _ = super_block((x_BTM, stacks), layer)
+    else:
+        (x_BTM, stacks), _ = lax.scan(super_block, (x_BTM, stacks), layers)
     if cache is not None and stacks is not None:
         keys, values = list(cache.keys), list(cache.values)
         keys[s], values[s] = [k for k, _ in stacks], [v for _, v in stacks]

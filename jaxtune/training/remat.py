@@ -4,30 +4,32 @@ Names tag values in `models.parts`: "block_input", "qkv" (after rope), "mid" (th
 "gate_up"; and in `kernels.attention`: "attention" and "attention_statistics". What is not kept is computed again.
 """
 
-from collections.abc import Callable
-
 import jax
 
 from jaxtune.errors import OptionError, nearest
+from jaxtune.models.decoder import Remat
 
 _policies = jax.checkpoint_policies
 
 _ATTENTION = ("attention", "attention_statistics")
 
-LEVELS: dict[str, Callable | None] = {
-    "none": None,
-    "mlp": _policies.save_only_these_names("qkv", *_ATTENTION, "mid", "gate_up"),
-    "attention": _policies.save_only_these_names("qkv", *_ATTENTION, "mid"),
-    "block": _policies.nothing_saveable,
-    "offload": _policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=["block_input"],
-        offload_src="device",
-        offload_dst="pinned_host",
+LEVELS: dict[str, Remat] = {
+    "none": Remat(None, unrolled=True),
+    "mlp": Remat(_policies.save_only_these_names("qkv", *_ATTENTION, "mid", "gate_up"), unrolled=True),
+    "attention": Remat(_policies.save_only_these_names("qkv", *_ATTENTION, "mid"), unrolled=True),
+    "block": Remat(_policies.nothing_saveable),
+    "offload": Remat(
+        _policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["block_input"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
     ),
 }
 """From fastest and largest to smallest: keep all; keep what enters the elementwise MLP; keep attention's; keep the
-blocks' inputs alone; keep those in the host's pinned memory."""
+blocks' inputs alone; keep those in the host's pinned memory. Where much is kept, copying it in and out of stacks would
+cost more than compiling every layer."""
 
 _ALIASES: dict[bool | str, str] = {True: "block", False: "none", "unsloth": "block"}
 
@@ -45,10 +47,6 @@ def level(use_gradient_checkpointing: bool | str) -> str:
     return str(name)
 
 
-def remat(name: str) -> Callable[[Callable], Callable] | None:
-    """What `CausalLM.hidden` takes: wraps the scanned block so that it keeps what the level says."""
-    policy = LEVELS[name]
-    if policy is None:
-        return None
-    # Inside a scan nothing can be shared between forward and backward, so CSE needs no preventing.
-    return lambda block: jax.checkpoint(block, policy=policy, prevent_cse=False)
+def remat(name: str) -> Remat:
+    """What `CausalLM.hidden` takes."""
+    return LEVELS[name]

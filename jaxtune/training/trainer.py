@@ -103,7 +103,7 @@ class Trainer:
         require_rows(self.processing_class, model.causal_lm.config.vocab_size)
         self.log_history: list[Record] = []
 
-    def _remat(self) -> Remat | None:
+    def _remat(self) -> Remat:
         asked = self.args.gradient_checkpointing
         return remat(level(self.model.gradient_checkpointing if asked is None else asked))
 
