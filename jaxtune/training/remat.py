@@ -16,7 +16,7 @@ _ATTENTION = ("attention", "attention_statistics")
 LEVELS: dict[str, Remat] = {
     "none": Remat(None, unrolled=True),
     "mlp": Remat(_policies.save_only_these_names("qkv", *_ATTENTION, "mid", "gate_up"), unrolled=True),
-    "attention": Remat(_policies.save_only_these_names("qkv", *_ATTENTION, "mid"), unrolled=True),
+    "attention": Remat(_policies.save_only_these_names("qkv", *_ATTENTION, "mid")),
     "block": Remat(_policies.nothing_saveable),
     "offload": Remat(
         _policies.save_and_offload_only_these_names(
@@ -28,8 +28,8 @@ LEVELS: dict[str, Remat] = {
     ),
 }
 """From fastest and largest to smallest: keep all; keep what enters the elementwise MLP; keep attention's; keep the
-blocks' inputs alone; keep those in the host's pinned memory. Where much is kept, copying it in and out of stacks would
-cost more than compiling every layer."""
+blocks' inputs alone; keep those in the host's pinned memory. Where the most is kept, copying it in and out of stacks
+costs more than compiling every layer."""
 
 _ALIASES: dict[bool | str, str] = {True: "block", False: "none", "unsloth": "block"}
 
