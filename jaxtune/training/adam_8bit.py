@@ -36,7 +36,7 @@ class Packed(NamedTuple):
 class State(NamedTuple):
     """`mean` and `square` are trees of the trained tree's structure, of `Packed` or float32 leaves."""
 
-    count: jax.Array
+    steps: jax.Array
     mean: Any
     square: Any
 
@@ -50,8 +50,10 @@ def scale_by_adam_8bit(*, beta1: float, beta2: float, epsilon: float) -> optax.G
         return State(jnp.zeros((), jnp.int32), *moments)
 
     def update(grads: Any, state: State, trained: Any = None) -> tuple[Any, State]:
-        count = state.count + 1
-        correction1, correction2 = (1 - jnp.float32(beta) ** count.astype(jnp.float32) for beta in (beta1, beta2))
+        count = state.steps + 1
+        correction1, correction2 = (
+            1 - jnp.float32(beta) ** count.astype(jnp.float32) for beta in (beta1, beta2)
+        )
 
         def one(grad: jax.Array, mean: Any, square: Any) -> tuple[jax.Array, Any, Any]:
             grad = grad.astype(jnp.float32)
@@ -60,11 +62,11 @@ def scale_by_adam_8bit(*, beta1: float, beta2: float, epsilon: float) -> optax.G
             step = (new_mean / correction1) / (jnp.sqrt(new_square / correction2) + epsilon)
             return step, _like(mean, new_mean, SIGNED), _like(square, new_square, UNSIGNED)
 
-        leaves, structure = jax.tree.flatten(grads)
-        means, squares = map(structure.flatten_up_to, (state.mean, state.square))
-        columns = zip(*_one_by_one(one, zip(leaves, means, squares, strict=True)), strict=True)
-        steps, means, squares = (jax.tree.unflatten(structure, column) for column in columns)
-        return steps, State(count, means, squares)
+        structure = jax.tree.structure(grads)
+        leaves = (jax.tree.leaves(tree, is_leaf=_is_packed) for tree in (grads, state.mean, state.square))
+        columns = zip(*_one_by_one(one, zip(*leaves, strict=True)), strict=True)
+        step, mean, square = (jax.tree.unflatten(structure, column) for column in columns)
+        return step, State(count, mean, square)
 
     return optax.GradientTransformation(init, update)
 
@@ -139,6 +141,10 @@ def _one_by_one(function: Callable[..., Any], arguments: Iterable[Any]) -> list[
             each, results[-1] = lax.optimization_barrier((each, results[-1]))
         results.append(function(*each))
     return results
+
+
+def _is_packed(moment: Any) -> bool:
+    return isinstance(moment, Packed)
 
 
 def _zeros(leaf: jax.Array) -> Packed | jax.Array:
