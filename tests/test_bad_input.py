@@ -614,7 +614,7 @@ def test_token_ids_of_another_model(adapted):
         ({"max_steps": 0}, "max_steps"),
         ({"num_train_epochs": 0}, "num_train_epochs"),
         ({"lr_scheduler_type": "cosin"}, "'cosine'"),
-        ({"optim": "adamw_8bit"}, "'adamw_torch'"),
+        ({"optim": "adamw_8bits"}, "'adamw_8bit'"),
         ({"learning_rate": -1.0}, "learning_rate"),
         ({"learning_rate": "2e-4"}, "learning_rate"),
         ({"max_steps": 2.5}, "max_steps"),

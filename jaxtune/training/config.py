@@ -6,9 +6,12 @@ import math
 from pathlib import Path
 
 from jaxtune.errors import OptionError, nearest
+from jaxtune.log import get_logger, show
 from jaxtune.options import ANY, NOT_YET
-from jaxtune.training.optimizers import SCHEDULES
+from jaxtune.training.optimizers import OPTIMIZERS, SCHEDULES
 from jaxtune.training.remat import level
+
+log = get_logger(__name__)
 
 WITHOUT_EFFECT = {
     "bf16": ANY,
@@ -16,7 +19,6 @@ WITHOUT_EFFECT = {
     "dataloader_num_workers": ANY,
     "dataloader_pin_memory": ANY,
     "report_to": ("none", [], None),
-    "optim": ("adamw_torch", "adamw_torch_fused", "adamw"),
     "eval_strategy": "no",
     "save_strategy": "no",
     "push_to_hub": False,
@@ -58,6 +60,9 @@ class TrainingConfig:
     """Steps over which the rate rises from 0; below 1, a part of all steps. None leaves it to warmup_ratio."""
     warmup_ratio: float = 0.1
     """The part of all steps over which it rises, rounded up."""
+    optim: str = "adamw_8bit"
+    """AdamW: adamw_8bit keeps its moments in 8 bits (also adamw_bnb_8bit and paged_adamw_8bit), adamw_torch in float32
+    (also adamw_torch_fused and adamw)."""
     weight_decay: float = 0.001
     """AdamW's decoupled weight decay."""
     adam_beta1: float = 0.9
@@ -89,6 +94,10 @@ class TrainingConfig:
         )
         self.require(self.max_steps != -1 or self.num_train_epochs > 0, "num_train_epochs", "more than 0")
         self.require_one_of(SCHEDULES, "lr_scheduler_type")
+        self.require_one_of(tuple(OPTIMIZERS), "optim")
+        if self.optim == "paged_adamw_8bit":
+            show()
+            log.info("%s: optim='paged_adamw_8bit' is adamw_8bit: nothing is paged.", type(self).__name__)
         self.require(_is_whole(self.seed), "seed", "a whole number")
         self.require(isinstance(self.output_dir, str | Path | None), "output_dir", "a path, or None")
         if self.gradient_checkpointing is not None:

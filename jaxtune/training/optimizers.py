@@ -9,9 +9,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxtune.training.adam_8bit import scale_by_adam_8bit
+
 Schedule = Callable[[jax.Array], jax.Array]
 
 SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
+OPTIMIZERS = {
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), 8),
+    **dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused"), 32),
+}
+"""Bits in which AdamW keeps its moments, by transformers' name."""
 
 
 def schedule(kind: str, learning_rate: float, warmup_steps: int, total_steps: int) -> Schedule:
@@ -34,12 +41,16 @@ def schedule(kind: str, learning_rate: float, warmup_steps: int, total_steps: in
 
 
 def adamw(
-    rate: Schedule, *, beta1: float, beta2: float, epsilon: float, weight_decay: float
+    rate: Schedule, *, beta1: float, beta2: float, epsilon: float, weight_decay: float, bits: int = 32
 ) -> optax.GradientTransformation:
-    """AdamW with decoupled weight decay, as torch computes it, on what transformers' trainer decays."""
-    return any_promotion(
-        optax.adamw(rate, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay, mask=decays)
-    )
+    """AdamW with decoupled weight decay, as torch computes it, on what transformers' trainer decays. In 8 bits its
+    moments are kept as bitsandbytes keeps them."""
+    if bits == 8:
+        scale = scale_by_adam_8bit(beta1=beta1, beta2=beta2, epsilon=epsilon)
+    else:
+        scale = optax.scale_by_adam(b1=beta1, b2=beta2, eps=epsilon)
+    decay = optax.add_decayed_weights(weight_decay, mask=decays)
+    return any_promotion(optax.chain(scale, decay, optax.scale_by_learning_rate(rate)))
 
 
 def decays(trained: Any) -> Any:

@@ -21,7 +21,7 @@ from jaxtune.training.config import TrainingConfig
 from jaxtune.training.loop import Record, run
 from jaxtune.training.losses import WatchedLoss, of_all_weights
 from jaxtune.training.metrics import RunLog, average
-from jaxtune.training.optimizers import Schedule, adamw, schedule
+from jaxtune.training.optimizers import OPTIMIZERS, Schedule, adamw, schedule
 from jaxtune.training.remat import level, remat
 from jaxtune.training.step import TrainState, init_state, make_step
 
@@ -182,5 +182,6 @@ def optimizer_of(args: TrainingConfig, total_steps: int) -> tuple[optax.Gradient
         beta2=args.adam_beta2,
         epsilon=args.adam_epsilon,
         weight_decay=args.weight_decay,
+        bits=OPTIMIZERS[args.optim],
     )
     return optimizer, rate

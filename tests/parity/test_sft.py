@@ -26,6 +26,7 @@ CONFIG = SFTConfig(
     per_device_train_batch_size=2,
     gradient_accumulation_steps=2,
     weight_decay=0.01,
+    optim="adamw_torch",
     assistant_only_loss=True,
 )
 

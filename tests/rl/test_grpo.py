@@ -176,16 +176,17 @@ def test_a_setting_changes_the_run(model, baseline, settings):
         {"adam_beta1": 0.5},
         {"adam_beta2": 0.5},
         {"adam_epsilon": 1e-2},
+        {"optim": "adamw_torch"},
     ],
     ids=str,
 )
 def test_a_setting_of_the_optimizer_changes_its_updates(settings):
     def after_three_steps(**settings):
         optimizer, _ = optimizer_of(GRPOConfig(**{**BASE, **settings}), total_steps=4)
-        weights = {"a": jnp.ones(2)}
+        weights = {"a": jnp.ones(4096)}
         state = optimizer.init(weights)
         for gradient in (0.5, -2.0, 1.0):
-            updates, state = optimizer.update({"a": jnp.array([gradient, 0.1])}, state, weights)
+            updates, state = optimizer.update({"a": gradient * jnp.linspace(0.1, 1, 4096)}, state, weights)
             weights = jax.tree.map(jnp.add, weights, updates)
         return weights["a"]
 

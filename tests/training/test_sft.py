@@ -183,7 +183,7 @@ def test_which_tokens_are_trained_on(model):
 
 def test_names_without_effect_are_accepted_with_one_line(caplog):
     with caplog.at_level("INFO", "jaxtune"):
-        SFTConfig(bf16=True, report_to="none", dataset_num_proc=2, packing=False, optim="adamw_torch")
+        SFTConfig(bf16=True, report_to="none", dataset_num_proc=2, packing=False)
     assert [record.getMessage() for record in caplog.records] == [
         "SFTConfig: bf16 has no effect in jaxtune.",
         "SFTConfig: dataset_num_proc has no effect in jaxtune.",

@@ -31,13 +31,13 @@ TABLES: dict[str, np.ndarray] = {"nf4": VALUES, "fp4": FP4_VALUES}
 ZERO_CODES = {"nf4": 7, "fp4": 0}
 
 
-def _dynamic_map() -> np.ndarray:
-    """The signed dynamic 8-bit map: for every exponent -6..0 the midpoints of 2^i equal parts of [0.1, 1], both signs,
-    and 0 and 1. float32 throughout; the second half of each linspace counts from its end, with one rounding per
-    point (a fused multiply-add), as torch computes it: the entries are bit-equal to bitsandbytes'."""
+def _dynamic_map(*, signed: bool) -> np.ndarray:
+    """A dynamic 8-bit map: for every exponent -6..0 the midpoints of 2^i equal parts of [0.1, 1], both signs, and 0 and
+    1; unsigned, of twice as many parts. float32 throughout; the second half of each linspace counts from its end, with
+    one rounding per point (a fused multiply-add), as torch computes it: the entries are bit-equal to bitsandbytes'."""
     positive = []
     for i in range(7):
-        parts = 2**i
+        parts = 2**i if signed else 2 ** (i + 1)
         step = (np.float32(1) - np.float32(0.1)) / np.float32(parts)
         k = np.arange(parts + 1, dtype=np.float64)
         from_start = np.float64(np.float32(0.1)) + np.float64(step) * k
@@ -46,10 +46,12 @@ def _dynamic_map() -> np.ndarray:
         middles = (edges[:-1] + edges[1:]) / np.float32(2)
         positive.append(np.float32(10.0 ** (i - 6)) * middles)
     entries = np.concatenate(positive)
-    return np.sort(np.concatenate([entries, -entries, np.array([0, 1], np.float32)]))
+    negative = -entries if signed else entries[:0]
+    return np.sort(np.concatenate([entries, negative, np.array([0, 1], np.float32)]))
 
 
-DYNAMIC_MAP = _dynamic_map()
+DYNAMIC_MAP = _dynamic_map(signed=True)
+UNSIGNED_DYNAMIC_MAP = _dynamic_map(signed=False)
 
 
 def is_planar(shape: tuple[int, int]) -> bool:
