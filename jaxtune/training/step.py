@@ -2,7 +2,8 @@
 the whole step, clipped, applied. However the batch is cut, loss and gradient are the same.
 
 What is trained is one tree, what it is trained beside another: an adapter and the base's `params`, or (full
-fine-tuning) `params` and nothing. Gradients, the optimizer and its update are float32, whatever the tree is kept in.
+fine-tuning) `params` and nothing. Gradients, the optimizer's arithmetic and its update are float32,
+whatever the tree is kept in.
 """
 
 import functools

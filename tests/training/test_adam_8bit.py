@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtune import LanguageModel, SFTConfig, SFTTrainer
 from jaxtune.errors import OptionError
 from jaxtune.lora.config import LoraConfig
 from jaxtune.models.causal_lm import CausalLM
+from jaxtune.parallel.mesh import make_mesh
 from jaxtune.training.adam_8bit import SIGNED, SMALLEST, UNSIGNED, Packed, pack, unpack
 from jaxtune.training.optimizers import OPTIMIZERS, adamw
 from jaxtune.training.trainer import optimizer_of
@@ -182,6 +184,25 @@ def test_one_leaf_at_a_time_is_in_float32():
     update = jax.jit(OPTIMIZER.update, donate_argnums=(0, 1))
     memory = update.lower(tree, jax.eval_shape(OPTIMIZER.init, tree), tree).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 8 * leaf.size * 4
+
+
+def test_a_cut_weight_has_a_cut_state():
+    """Blocks that end with the rows of a shard need nothing of other devices."""
+    mesh = make_mesh(fsdp=2, tensor=2)
+    cut = NamedSharding(mesh, PartitionSpec(None, "tensor", "fsdp"))
+    weights, gradient = ({"a": x} for x in np.float32(np.random.default_rng(0).normal(size=(2, 3, 16, 512))))
+    expected, after = UPDATE(gradient, OPTIMIZER.init(jax.device_put(weights)), weights)
+
+    weights, gradient = jax.device_put((weights, gradient), cut)
+    state = jax.tree.map(
+        lambda leaf: jax.device_put(leaf, cut) if leaf.ndim == 3 else leaf, OPTIMIZER.init(weights)
+    )
+    assert "all-" not in UPDATE.lower(gradient, state, weights).compile().as_text()
+    ours, state = UPDATE(gradient, state, weights)
+    assert state[0].mean["a"].codes.sharding.is_equivalent_to(cut, 3)
+    assert state[0].mean["a"].absmax.sharding.is_equivalent_to(cut, 3)
+    assert_trees_equal(state[0], after[0])
+    np.testing.assert_allclose(ours["a"], expected["a"], rtol=1e-6)
 
 
 # Runs
