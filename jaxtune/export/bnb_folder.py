@@ -20,6 +20,7 @@ from jaxtune.export.merged_folder import (
     _write_settings,
     _write_tokenizer,
     parse_size,
+    split,
 )
 from jaxtune.export.safetensors_stream import Entry, write_safetensors
 from jaxtune.export.weights import Weight, weights
@@ -54,7 +55,7 @@ def save_bnb(
         elif name.startswith("model.layers.") and len(weight.shape) == 2:
             kept.append(name.removesuffix(".weight"))
     _refuse_other_models(folder, base)
-    shards = _shards([entry for entry, _ in tensors.values()], limit)
+    shards = split((entry for entry, _ in tensors.values()), limit)
     with staged(folder, marker=CONFIG_FILE, replaces=EARLIER) as stage:
         for file, entries in shards.items():
             write_safetensors(stage / file, entries, lambda name: tensors[name][1]())
@@ -150,14 +151,3 @@ def _four_bit(
         }
     text = np.frombuffer(json.dumps(state).encode(), np.uint8)
     yield entry(f".quant_state.bitsandbytes__{leaf.values}", text.shape, np.uint8), lambda: text
-
-
-def _shards(entries: list[Entry], limit: int) -> dict[str, list[Entry]]:
-    groups: list[list[Entry]] = [[]]
-    for entry in entries:
-        if groups[-1] and sum(each.nbytes for each in groups[-1]) + entry.nbytes > limit:
-            groups.append([])
-        groups[-1].append(entry)
-    if len(groups) == 1:
-        return {SINGLE_FILE: entries}
-    return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups, 1)}

@@ -110,13 +110,19 @@ def _shards(merged: MergedCheckpoint, limit: int) -> Shards:
     original = _original_shards(merged, entries)
     if all(_nbytes(shard) <= limit or len(shard) == 1 for shard in original.values()):
         return original
+    return split(entries, limit)
+
+
+def split(entries: Iterable[Entry], limit: int) -> Shards:
+    """Files of at most so many bytes, or of one tensor; one alone has the name of a single file."""
     groups: list[list[Entry]] = [[]]
     for entry in entries:
         if groups[-1] and _nbytes(groups[-1]) + entry.nbytes > limit:
             groups.append([])
         groups[-1].append(entry)
-    count = len(groups)
-    return {f"model-{n:05d}-of-{count:05d}.safetensors": group for n, group in enumerate(groups, 1)}
+    if len(groups) == 1:
+        return {SINGLE_FILE: groups[0]}
+    return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups, 1)}
 
 
 def _original_shards(merged: MergedCheckpoint, entries: list[Entry]) -> Shards:

@@ -22,7 +22,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_
 def read_config(folder: str | Path, supported: Collection[str] | None = None) -> dict[str, Any]:
     """config.json as a plain dict. Given `supported`, other `model_type`s raise `UnsupportedModelError`."""
     path = Path(folder) / CONFIG_FILE
-    raw = _read_json(path)
+    raw = read_json(path)
     _check_dtype(path, raw)
     _require_supported(path, _model_type(path, raw), supported, has_own_code="auto_map" in raw)
     _require_sizes(path, raw)
@@ -32,7 +32,7 @@ def read_config(folder: str | Path, supported: Collection[str] | None = None) ->
     return config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     if not path.parent.is_dir():
         raise ModelNotFoundError(
             f"There is no folder {path.parent}.",
@@ -63,7 +63,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} holds a JSON {type(raw).__name__}.",
             expected="A JSON object with the model's settings.",
-            fix="Fetch the model's own config.json again.",
+            fix=f"Fetch the model's own {path.name} again.",
         )
     return raw
 
