@@ -1,5 +1,5 @@
-"""Where one step's time goes, by the GPU's own clock: every kernel of a step of `SFTTrainer`, how often it ran and for
-how long, under the name that XLA gave its operation.
+"""Where one step's time goes, by the GPU's own clock: every kernel of a training step (the trainer's, but with AdamW in
+float32), how often it ran and for how long, under the name that XLA gave its operation.
 
     python benchmarks/account.py --row 4x4096x1:mlp
     python benchmarks/account.py --shape tiny --row 2x64x2:block    # seconds on a CPU: checks the script
@@ -16,10 +16,8 @@ import numpy as np
 
 from benchmarks import sft
 from benchmarks.harness import record
-from jaxtune import FastLanguageModel, LanguageModel
+from jaxtune import FastLanguageModel
 from jaxtune.compilation import enable_cache
-from jaxtune.loading.load import load_params
-from jaxtune.models.causal_lm import CausalLM
 from jaxtune.training.losses import next_token_loss, unwatched
 from jaxtune.training.optimizers import adamw
 from jaxtune.training.remat import remat
@@ -70,15 +68,13 @@ def main():
     sizes, level = args.row.split(":")
     batch, length, accumulation = map(int, sizes.split("x"))
 
-    causal_lm = CausalLM(sft.SHAPES[args.shape])
-    params = load_params(causal_lm, sft.RandomCheckpoint(causal_lm), dtype=jax.numpy.dtype("bfloat16"))
-    model = FastLanguageModel.get_peft_model(LanguageModel(causal_lm, params), r=16, lora_alpha=16)
+    model = FastLanguageModel.get_peft_model(sft.random_model(args.shape), r=16, lora_alpha=16)
     rate = lambda step: jax.numpy.float32(1e-4)
     optimizer = adamw(rate, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.01)
     loss = unwatched(next_token_loss(model.causal_lm, remat(level)))
     step = make_step(loss, optimizer, rate, 1.0)
     shape = (accumulation, batch, length)
-    tokens = np.random.default_rng(0).integers(0, causal_lm.config.vocab_size, shape).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(0, model.causal_lm.config.vocab_size, shape).astype(np.int32)
     given = jax.device_put(
         {
             "tokens": tokens,

@@ -100,6 +100,19 @@ class RandomCheckpoint:
         return jnp.ones_like(weight) if "norm" in name else weight
 
 
+def random_model(shape: str, *, full_finetuning: bool = False) -> LanguageModel:
+    """A model of this shape, loaded as a checkpoint is, and ready."""
+    causal_lm = CausalLM(SHAPES[shape])
+    params = load_params(
+        causal_lm,
+        RandomCheckpoint(causal_lm),
+        dtype=jnp.dtype(jnp.bfloat16),
+        precision=Unpacked() if full_finetuning else None,
+    )
+    jax.block_until_ready(params)
+    return LanguageModel(causal_lm, params, full_finetuning=full_finetuning)
+
+
 def useful_flops(c: ModelConfig, batch: int, length: int, *, full: bool = False) -> float:
     """4 N T + 3 A: frozen weights need no gradient of their own (trained ones do: 6 N T); A is causal attention's
     forward pass."""
@@ -159,19 +172,11 @@ def main():
     args = parser.parse_args()
 
     enable_cache()
-    causal_lm = CausalLM(SHAPES[args.shape])
     start = time.perf_counter()
-    params = load_params(
-        causal_lm,
-        RandomCheckpoint(causal_lm),
-        dtype=jnp.dtype(jnp.bfloat16),
-        precision=Unpacked() if args.full_finetuning else None,
-    )
-    jax.block_until_ready(params)
+    model = random_model(args.shape, full_finetuning=args.full_finetuning)
     load_seconds = time.perf_counter() - start
-    weights_gb = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e9
+    weights_gb = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) / 1e9
     print(f"weights: {weights_gb:.2f} GB in {load_seconds:.1f} s; peak {peak_gb():.2f} GB", flush=True)
-    model = LanguageModel(causal_lm, params, full_finetuning=args.full_finetuning)
     model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16)  # which leaves a whole one as it is
 
     rows = []
