@@ -19,7 +19,8 @@ from jaxtune.lora.tree import of_one, with_settings
 from jaxtune.models import names
 from jaxtune.models.cache import KVCache
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.decoder import Decoder, Remat
+from jaxtune.models.decoder import Decoder
+from jaxtune.models.layer_loop import Remat
 
 Params = dict[str, Any]
 Lora = dict[str, Any]

@@ -4,8 +4,7 @@
 Called with tokens it returns hidden states: logits belong to the fused loss, or to the sampler's one last token.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +12,11 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from jaxtune.models import rope
+from jaxtune.models import layer_loop, rope
 from jaxtune.models.cache import KVCache, LayerCache
 from jaxtune.models.config import LayerKind, ModelConfig
+from jaxtune.models.layer_loop import Remat
 from jaxtune.models.parts import Block, Embedding, Linear, RMSNorm, Where, part
-
-
-class Remat(NamedTuple):
-    """How blocks are trained; `training.remat` has the named ways."""
-
-    policy: Callable | None
-    """What a block keeps for its backward pass (see `jax.checkpoint`); None is everything."""
-    unrolled: bool = False
-    """Each layer a piece of the program, instead of a loop over them: what is kept then need not be copied into stacks
-    and out of them again, but every layer is compiled."""
 
 
 class Decoder(nnx.Module):
@@ -72,7 +62,10 @@ class Decoder(nnx.Module):
         x_BTM = self.embed(tokens_BT, part(lora, "embed_tokens"), dtype)
         for s, blocks in enumerate(self.layers):
             adapters = [part(part(part(lora, "layers"), s), p) for p in range(len(blocks))]
-            x_BTM, cache = _scan(list(blocks), adapters, x_BTM, where, cache, s, remat)
+            if cache is None:
+                x_BTM = _train(list(blocks), adapters, x_BTM, where, remat or Remat(policy=None))
+            else:
+                x_BTM, cache = _generate(list(blocks), adapters, x_BTM, where, cache, s)
         return self.norm(x_BTM), cache
 
     def embed(self, tokens_BT: jax.Array, lora: Any = None, dtype: Any = None) -> jax.Array:
@@ -86,29 +79,27 @@ def _stack(c: ModelConfig, repeats: int, kind: LayerKind) -> Block:
     return jax.vmap(lambda _: Block(c, kind))(jnp.arange(repeats))
 
 
-def _unstacked(stacks: Any, repeats: int) -> list[Any]:
-    """Each layer's part of a tree of stacks. The gradient of a split is one concatenation; that of as many slices would
-    be as many sums of whole stacks."""
+def _train(
+    blocks: list[Block], adapters: list, x_BTM: jax.Array, where: Where, remat: Remat
+) -> jax.Array:
+    """One segment without a cache: the super-block (its p positions, one after the other) over its repeats."""
 
-    def parts(stack: jax.Array) -> list[jax.Array]:
-        if jnp.issubdtype(stack.dtype, jnp.floating):
-            return [part[0] for part in lax.split(stack, (1,) * repeats)]
-        return [stack[i] for i in range(repeats)]
+    def one(module, x_BTM, where, lora):
+        return module(x_BTM, where, lora, mlp_tokens=remat.mlp_tokens)[0]
 
-    leaves, structure = jax.tree.flatten(stacks)
-    return [jax.tree.unflatten(structure, layer) for layer in zip(*map(parts, leaves), strict=True)]
+    def super_block(x_BTM, layer, where):
+        for p, (module, lora) in enumerate(zip(*layer, strict=True)):
+            with jax.named_scope(f"block_{p}"):
+                x_BTM = layer_loop.checkpointed(one, remat)(module, x_BTM, where, lora)
+        return x_BTM
+
+    return layer_loop.run(super_block, x_BTM, (blocks, adapters), where, remat)
 
 
-def _scan(
-    blocks: list[Block],
-    adapters: list,
-    x_BTM: jax.Array,
-    where: Where,
-    cache: KVCache | None,
-    s: int,
-    remat: Remat | None,
-) -> tuple[jax.Array, KVCache | None]:
-    """One segment: the super-block (its p positions, one after the other) scanned over its repeats."""
+def _generate(
+    blocks: list[Block], adapters: list, x_BTM: jax.Array, where: Where, cache: KVCache, s: int
+) -> tuple[jax.Array, KVCache]:
+    """The same with segment s of a cache, which gets these tokens' keys and values."""
 
     def super_block(carry, layer):
         x, stacks = carry
@@ -116,24 +107,13 @@ def _scan(
         out = []
         for p, (module, lora) in enumerate(zip(modules, loras, strict=True)):
             with jax.named_scope(f"block_{p}"):
-                mine = None if stacks is None else LayerCache(stacks[p][0], stacks[p][1], repeat)
-                x, mine = module(x, where, lora, mine)
-                out.append(None if mine is None else (mine.keys, mine.values))
-        return (x, None if stacks is None else out), None
+                x, mine = module(x, where, lora, LayerCache(*stacks[p], repeat))
+                out.append((mine.keys, mine.values))
+        return (x, out), None
 
-    if remat is not None and remat.policy is not None:
-        # Inside a loop nothing can be shared between forward and backward, so CSE needs no preventing.
-        super_block = jax.checkpoint(super_block, policy=remat.policy, prevent_cse=remat.unrolled)
-    repeats = jax.tree.leaves(blocks)[0].shape[0]
-    stacks = None if cache is None else list(zip(cache.keys[s], cache.values[s], strict=True))
-    layers = (blocks, adapters, jnp.arange(repeats))
-    if remat is not None and remat.unrolled:
-        for layer in _unstacked(layers, repeats):
-            (x_BTM, stacks), _ = super_block((x_BTM, stacks), layer)
-    else:
-        (x_BTM, stacks), _ = lax.scan(super_block, (x_BTM, stacks), layers)
-    if cache is not None and stacks is not None:
-        keys, values = list(cache.keys), list(cache.values)
-        keys[s], values[s] = [k for k, _ in stacks], [v for _, v in stacks]
-        cache = KVCache(keys, values, cache.segments_BS, cache.positions_BS, cache.used)
-    return x_BTM, cache
+    repeats = jnp.arange(jax.tree.leaves(blocks)[0].shape[0])
+    stacks = list(zip(cache.keys[s], cache.values[s], strict=True))
+    (x_BTM, stacks), _ = lax.scan(super_block, (x_BTM, stacks), (blocks, adapters, repeats))
+    keys, values = list(cache.keys), list(cache.values)
+    keys[s], values[s] = [k for k, _ in stacks], [v for _, v in stacks]
+    return x_BTM, KVCache(keys, values, cache.segments_BS, cache.positions_BS, cache.used)

@@ -199,6 +199,21 @@ def _same(x):
     return x
 
 
+def _in_tiles(feed_forward, mlp, x_BTM, lora, tokens):
+    """`feed_forward(mlp, x, lora)` for so many tokens at a time, which keeps nothing but x and the weights, dequantised
+    once for all tiles."""
+    total = x_BTM.shape[0] * x_BTM.shape[1]
+    tiles = -(-total // tokens)
+    if tiles == 1:
+        return feed_forward(mlp, x_BTM, lora)
+    mlp = quant.dequantized(mlp, x_BTM.dtype)
+    tokens = -(-total // tiles)  # all of one size, with as little padding as that allows
+    x_TM = jnp.pad(x_BTM.reshape(total, -1), ((0, tiles * tokens - total), (0, 0)))
+    one = jax.checkpoint(lambda x_TM: feed_forward(mlp, x_TM, lora), prevent_cse=False)
+    y_TM = lax.map(one, x_TM.reshape(tiles, tokens, -1)).reshape(tiles * tokens, -1)
+    return y_TM[:total].reshape(x_BTM.shape)
+
+
 class Block(nnx.Module):
     """Attention, then the MLP, each added to what came in. Where there are norms on both sides, the one before the MLP
     is `pre_feedforward_layernorm`; where there is one, Llama calls that `post_attention_layernorm`."""
@@ -216,14 +231,28 @@ class Block(nnx.Module):
             self.post_feedforward_layernorm = RMSNorm(c.hidden_size, c)
 
     def __call__(
-        self, x_BTM: jax.Array, where: Where, lora: Any = None, cache: LayerCache | None = None
+        self,
+        x_BTM: jax.Array,
+        where: Where,
+        lora: Any = None,
+        cache: LayerCache | None = None,
+        *,
+        mlp_tokens: int | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """The block's output, and its part of the cache with these tokens in it."""
+        """The block's output, and its part of the cache with these tokens in it. With `mlp_tokens`, the MLP is computed
+        for so many tokens at a time."""
         before_attention, after_attention, before_mlp, after_mlp = self._norms()
         x_BTM = checkpoint_name(x_BTM, "block_input")
         attended, cache = self.self_attn(before_attention(x_BTM), where, part(lora, "self_attn"), cache)
         x_BTM = checkpoint_name(x_BTM + self._scaled(after_attention(attended)), "mid")
-        return x_BTM + self._scaled(after_mlp(self.mlp(before_mlp(x_BTM), part(lora, "mlp")))), cache
+
+
+        def feed_forward(mlp, x_TM, lora):
+            return x_TM + self._scaled(after_mlp(mlp(before_mlp(x_TM), lora)))
+
+        if mlp_tokens is None:
+            return feed_forward(self.mlp, x_BTM, part(lora, "mlp")), cache
+        return _in_tiles(feed_forward, self.mlp, x_BTM, part(lora, "mlp"), mlp_tokens), cache
 
     def _norms(self):
         if self.norms == "pre":

@@ -9,6 +9,7 @@ from jaxtune.quant.packed import (
     abstract,
     bytes_per_weight,
     dequantize,
+    dequantized,
     matmul,
     quantize,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "abstract",
     "bytes_per_weight",
     "dequantize",
+    "dequantized",
     "matmul",
     "quantize",
 ]

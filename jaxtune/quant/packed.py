@@ -133,5 +133,11 @@ def dequantize(w: "PackedArray | jax.Array", dtype: Any = None) -> jax.Array:
     return jnp.asarray(w, dtype)
 
 
+def dequantized[Tree](tree: Tree, dtype: Any) -> Tree:
+    """The tree with its packed arrays as numbers."""
+    is_packed = lambda leaf: isinstance(leaf, PackedArray)
+    return jax.tree.map(lambda leaf: leaf.dequantize(dtype) if is_packed(leaf) else leaf, tree, is_leaf=is_packed)
+
+
 def bytes_per_weight(w: PackedArray) -> float:
     return w.nbytes / math.prod(w.shape)

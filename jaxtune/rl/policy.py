@@ -9,7 +9,7 @@ import jax
 from jax import lax
 
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
-from jaxtune.models.decoder import Remat
+from jaxtune.models.layer_loop import Remat
 from jaxtune.rl.losses import policy_terms
 from jaxtune.training.losses import MicroBatch, Sums, WatchedLoss, label_nll
 

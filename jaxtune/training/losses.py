@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxtune.kernels.linear_cross_entropy import IGNORE, linear_cross_entropy
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
-from jaxtune.models.decoder import Remat
+from jaxtune.models.layer_loop import Remat
 
 MicroBatch = Mapping[str, jax.Array]
 """`tokens`, `labels`, `segment_ids`, `positions`, int32 [R, L] (a whole batch: [A, R, L]); labels are already shifted,

@@ -7,25 +7,23 @@ Names tag values in `models.parts`: "block_input", "qkv" (after rope), "mid" (th
 import jax
 
 from jaxtune.errors import OptionError, nearest
-from jaxtune.models.decoder import Remat
+from jaxtune.models.layer_loop import Remat
 
 _policies = jax.checkpoint_policies
 
 _ATTENTION = ("attention", "attention_statistics")
+
+MLP_TOKENS = 4096
 
 LEVELS: dict[str, Remat] = {
     "none": Remat(None, unrolled=True),
     "mlp": Remat(_policies.save_only_these_names("qkv", *_ATTENTION, "mid", "gate_up"), unrolled=True),
     "attention": Remat(_policies.save_only_these_names("qkv", *_ATTENTION, "mid")),
     "block": Remat(_policies.nothing_saveable),
-    "offload": Remat(
-        _policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=["block_input"],
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
+    "offload_attention": Remat(
+        _policies.save_only_these_names(*_ATTENTION), on_host=True, mlp_tokens=MLP_TOKENS
     ),
+    "offload": Remat(_policies.nothing_saveable, on_host=True, mlp_tokens=MLP_TOKENS),
 }
 """From fastest and largest to smallest: keep all; keep what enters the elementwise MLP; keep attention's; keep the
 blocks' inputs alone; keep those in the host's pinned memory. Where the most is kept, copying it in and out of stacks

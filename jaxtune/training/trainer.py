@@ -16,7 +16,7 @@ from jaxtune.errors import AdapterError, DivergenceError, OptionError
 from jaxtune.loading.tokenizer import require_rows
 from jaxtune.log import show
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
-from jaxtune.models.decoder import Remat
+from jaxtune.models.layer_loop import Remat
 from jaxtune.training.config import TrainingConfig
 from jaxtune.training.loop import Record, run
 from jaxtune.training.losses import WatchedLoss, of_all_weights
