@@ -99,33 +99,45 @@ def _hosted_forward(block, x, layers, shared):
 
     def one(x, layer):
         # What the backward pass has anyhow, a layer need not keep.
-        x, pullback = jax.vjp(
-            block, x, layer, shared, saveable_args=(True, False, False), in_nzs=(True, trains, False)
-        )
-        return x, jax.device_put(pullback, jax.memory.Space.Host)
+        return jax.vjp(block, x, layer, shared, saveable_args=(True, False, False), in_nzs=(True, trains, False))
 
-    x, pullbacks_L = lax.scan(one, x, layers)
-    return x, (pullbacks_L, layers, shared, trained)
+    def step(carry, layer):
+        x, before = carry
+        x, pullback = one(x, layer)
+        return (x, jax.tree.leaves(pullback)), jax.device_put(before, jax.memory.Space.Host)
+
+    kept, structure = jax.tree.flatten(jax.eval_shape(one, x, [leaf[0] for leaf in layers])[1])
+    nothing = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in kept]
+    (x, last), before_L = lax.scan(step, (x, nothing), layers)
+    return x, (structure.unflatten(last), before_L, layers, shared, trained)
 
 
 def _hosted_backward(block, kept, dx):
-    pullbacks_L, layers, shared, trained = kept
-    on_host, structure = jax.tree.flatten(pullbacks_L)
-    last = len(layers[0]) - 1
+    last, before_L, layers, shared, trained = kept
+    last, structure = jax.tree.flatten(last)
+    repeats = len(layers[0])
 
-    def fetch(i):
-        return [jax.device_put(lax.dynamic_index_in_dim(leaf, i, keepdims=False), jax.memory.Space.Device) for leaf in on_host]
+    def of(i, stacks):
+        return [lax.dynamic_index_in_dim(stack, i, keepdims=False) for stack in stacks]
 
-    def one(carry, at):
-        dx, here = carry
-        i, layer = at
-        before = fetch(jnp.maximum(i - 1, 0))  # nothing below waits for it
+    def one(carry):
+        # Slices at a place that is linear in the loop's counter, and in bounds, are copies, which take no time from
+        # computing. Others are kernels.
+        done, dx, here, gradients = carry
+        i = repeats - 1 - done
+        before = [jax.device_put(leaf, jax.memory.Space.Device) for leaf in of(i, before_L)]
         pullback = structure.unflatten(here)
-        pullback.args_res = [pullback.args_res[0], layer, shared]
+        pullback.args_res = [pullback.args_res[0], of(i, layers), shared]
         dx, dlayer, _ = pullback(dx)
-        return (dx, before), [d for d, own in zip(dlayer, trained, strict=True) if own is not None]
+        dlayer = [d for d, own in zip(dlayer, trained, strict=True) if own is not None]
+        gradients = [
+            lax.dynamic_update_index_in_dim(stack, d, i, 0) for stack, d in zip(gradients, dlayer, strict=True)
+        ]
+        return done + 1, dx, before, gradients
 
-    (dx, _), gradients = lax.scan(one, (dx, fetch(last)), (jnp.arange(last + 1), layers), reverse=True)
+    zeros = [jnp.zeros_like(own) for own in trained if own is not None]
+    start = (jnp.int32(0), dx, last, zeros)
+    _, dx, _, gradients = lax.while_loop(lambda carry: carry[0] < repeats, one, start)
     gradients = iter(gradients)
     return dx, [None if own is None else next(gradients) for own in trained], None
 
