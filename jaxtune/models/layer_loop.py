@@ -101,33 +101,34 @@ def _hosted_forward(block, x, layers, shared):
         # What the backward pass has anyhow, a layer need not keep.
         return jax.vjp(block, x, layer, shared, saveable_args=(True, False, False), in_nzs=(True, trains, False))
 
-    def step(carry, layer):
-        x, before = carry
-        x, pullback = one(x, layer)
-        return (x, jax.tree.leaves(pullback)), jax.device_put(before, jax.memory.Space.Host)
+    def step(carry, i):
+        x, _ = carry
+        x, pullback = one(x, _at(i, layers))
+        kept = jax.tree.leaves(pullback)
+        return (x, kept), jax.device_put(kept, jax.memory.Space.Host)
 
     kept, structure = jax.tree.flatten(jax.eval_shape(one, x, [leaf[0] for leaf in layers])[1])
     nothing = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in kept]
-    (x, last), before_L = lax.scan(step, (x, nothing), layers)
-    return x, (structure.unflatten(last), before_L, layers, shared, trained)
+    # Reversed, so that the backward pass reads from the start on.
+    (x, last), on_host = lax.scan(step, (x, nothing), _downward(len(layers[0])), reverse=True)
+    return x, (structure.unflatten(last), on_host, layers, shared, trained)
 
 
 def _hosted_backward(block, kept, dx):
-    last, before_L, layers, shared, trained = kept
+    last, on_host, layers, shared, trained = kept
     last, structure = jax.tree.flatten(last)
     repeats = len(layers[0])
 
-    def of(i, stacks):
-        return [lax.dynamic_index_in_dim(stack, i, keepdims=False) for stack in stacks]
+    order = _downward(repeats)
 
     def one(carry):
         # Slices at a place that is linear in the loop's counter, and in bounds, are copies, which take no time from
         # computing. Others are kernels.
         done, dx, here, gradients = carry
-        i = repeats - 1 - done
-        before = [jax.device_put(leaf, jax.memory.Space.Device) for leaf in of(i, before_L)]
+        before = jax.device_put(_at(done + 1, on_host), jax.memory.Space.Device)  # at last, nothing waits for it
+        i = order[done]
         pullback = structure.unflatten(here)
-        pullback.args_res = [pullback.args_res[0], of(i, layers), shared]
+        pullback.args_res = [pullback.args_res[0], _at(i, layers), shared]
         dx, dlayer, _ = pullback(dx)
         dlayer = [d for d, own in zip(dlayer, trained, strict=True) if own is not None]
         gradients = [
@@ -140,6 +141,14 @@ def _hosted_backward(block, kept, dx):
     _, dx, _, gradients = lax.while_loop(lambda carry: carry[0] < repeats, one, start)
     gradients = iter(gradients)
     return dx, [None if own is None else next(gradients) for own in trained], None
+
+
+def _at(i, stacks):
+    return [lax.dynamic_index_in_dim(stack, i, keepdims=False) for stack in stacks]
+
+
+def _downward(repeats):
+    return lax.optimization_barrier(jnp.arange(repeats)[::-1])
 
 
 def _is_primal(leaf):

@@ -21,7 +21,7 @@ LEVELS: dict[str, Remat] = {
     "attention": Remat(_policies.save_only_these_names("qkv", *_ATTENTION, "mid")),
     "block": Remat(_policies.nothing_saveable),
     "offload_attention": Remat(
-        _policies.save_only_these_names(*_ATTENTION), on_host=True, mlp_tokens=MLP_TOKENS
+        _policies.save_only_these_names("qkv", *_ATTENTION), on_host=True, mlp_tokens=MLP_TOKENS
     ),
     "offload": Remat(_policies.nothing_saveable, on_host=True, mlp_tokens=MLP_TOKENS),
 }
