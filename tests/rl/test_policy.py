@@ -12,7 +12,7 @@ from jaxtune.data.layout import MENU_SIZE, Limits, Shape, cheapest_fit
 from jaxtune.inference.generate import generate
 from jaxtune.models import names
 from jaxtune.rl.losses import policy_terms, sequence_weights
-from jaxtune.rl.policy import grpo_loss, log_probs, of_all_micro_batches
+from jaxtune.rl.policy import grpo_loss, log_probs, log_probs_and_entropy, of_all_micro_batches
 from jaxtune.rl.rollout import Rollout, lay_out_rollout, roll_out, shapes
 from jaxtune.training.step import value_and_grad
 from tests.kit import tiny
@@ -114,7 +114,7 @@ def test_the_menu_holds_every_rollout_and_short_ones_take_less():
 @pytest.fixture(scope="module")
 def compute(case):
     """(lora, params, batch) -> (loss, gradient, metrics), compiled once for each shape."""
-    loss = grpo_loss(log_probs(case[0]), **OPTIONS)
+    loss = grpo_loss(log_probs_and_entropy(case[0], entropy_gradient=False), **OPTIONS)
     return jax.jit(functools.partial(value_and_grad, loss))
 
 

@@ -130,8 +130,7 @@ def _bwd(task, residuals, dvalues):
         return reference.dw_of_chunk(functools.reduce(jnp.add, weighted), x, trained)
 
     # Parts that are not trained are None, and so is their gradient.
-    zero = jax.tree.map(lambda part: jnp.zeros(part.shape, jnp.float32), trained)
-    dw = chunks.sum_labelled(of_chunk, task.chunk, zero, (x, dvalues), labels_T)
+    dw = chunks.sum_labelled(of_chunk, task.chunk, (x, dvalues), labels_T)
     return dx, jax.tree.map(lambda part, like: part.astype(like.dtype), dw, trained), None
 
 

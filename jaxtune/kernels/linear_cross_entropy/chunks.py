@@ -34,20 +34,17 @@ def chunk_size(T: int, V: int, chunk: int | None = None) -> int:
 
 def map_labelled(function: Callable, chunk: int, tree_T: Any, labels_T: jax.Array) -> Any:
     """`function(tree_C, labels_C)` over the chunks, results packed: see `unpack`."""
-    cut, number, padded = _cut(chunk, tree_T, labels_T)
-    result = lambda i: function(*cut(i))
+    of_chunk, number, P = _chunks(function, chunk, tree_T, labels_T)
     put = lambda i: lambda all_P, each_C: lax.dynamic_update_slice_in_dim(all_P, each_C, i * chunk, axis=0)
-    empty = jax.tree.map(
-        lambda like: jnp.zeros((padded, *like.shape[1:]), like.dtype), jax.eval_shape(result, 0)
-    )
-    return lax.fori_loop(0, number, lambda i, packed: jax.tree.map(put(i), packed, result(i)), empty)
+    zeros = jax.tree.map(lambda x: lax.full_like(x, 0, shape=(P, *x.shape[1:])), jax.eval_shape(of_chunk, 0))
+    return lax.fori_loop(0, number, lambda i, packed: jax.tree.map(put(i), packed, of_chunk(i)), zeros)
 
 
-def sum_labelled(function: Callable, chunk: int, zero: Any, tree_T: Any, labels_T: jax.Array) -> Any:
+def sum_labelled(function: Callable, chunk: int, tree_T: Any, labels_T: jax.Array) -> Any:
     """The sum of `function(tree_C, labels_C)` over the chunks, one chunk's result alive at a time."""
-    cut, number, _ = _cut(chunk, tree_T, labels_T)
-    add = lambda i, total: jax.tree.map(jnp.add, total, function(*cut(i)))
-    return lax.fori_loop(0, number, add, zero)
+    of_chunk, number, _ = _chunks(function, chunk, tree_T, labels_T)
+    zeros = jax.tree.map(lambda x: lax.full_like(x, 0), jax.eval_shape(of_chunk, 0))
+    return lax.fori_loop(0, number, lambda i, total: jax.tree.map(jnp.add, total, of_chunk(i)), zeros)
 
 
 def unpack(packed: Any, labels_T: jax.Array) -> Any:
@@ -57,18 +54,20 @@ def unpack(packed: Any, labels_T: jax.Array) -> Any:
     return _rows(packed, places_T, 0)
 
 
-def _cut(chunk: int, tree_T: Any, labels_T: jax.Array) -> tuple[Callable, jax.Array, int]:
-    """(i -> chunk i of the tree and of the labels, how many chunks have a labelled token, P). A chunk is filled up
-    with zeros that are labelled IGNORE."""
-    padded = math.ceil(labels_T.size / chunk) * chunk
+def _chunks(
+    function: Callable, chunk: int, tree_T: Any, labels_T: jax.Array
+) -> tuple[Callable, jax.Array, int]:
+    """(i -> `function` of chunk i, how many chunks have a labelled token, P). What the last one lacks of C tokens is
+    zeros with the label IGNORE."""
+    P = math.ceil(labels_T.size / chunk) * chunk
     labelled_T = labels_T >= 0
-    places_P = jnp.nonzero(labelled_T, size=padded, fill_value=NOWHERE)[0]
+    places_P = jnp.nonzero(labelled_T, size=P, fill_value=NOWHERE)[0]
 
-    def cut(i):
+    def of_chunk(i):
         places_C = lax.dynamic_slice_in_dim(places_P, i * chunk, chunk)
-        return _rows(tree_T, places_C, 0), _rows(labels_T, places_C, IGNORE)
+        return function(_rows(tree_T, places_C, 0), _rows(labels_T, places_C, IGNORE))
 
-    return cut, -(-labelled_T.sum(dtype=jnp.int32) // chunk), padded
+    return of_chunk, -(-labelled_T.sum(dtype=jnp.int32) // chunk), P
 
 
 def _rows(tree: Any, places: jax.Array, beyond: int) -> Any:
