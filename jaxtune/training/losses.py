@@ -31,8 +31,7 @@ def label_nll(
     model: CausalLM, remat: Remat | None = None, temperature: float = 1.0, head_chunk: int | None = None
 ) -> Callable[[Lora | None, Params, MicroBatch], jax.Array]:
     """-log p(label) of every token of a micro-batch, float32 [R * L], 0 where there is no label, as a function of
-    (lora, params, batch). Logits exist for `head_chunk` tokens at a time (None: see `kernels.linear_cross_entropy`), and
-    for none that have no label."""
+    (lora, params, batch). Logits exist for `head_chunk` labelled tokens at a time (None: as many as 512 MiB hold)."""
     return _of_labels(linear_cross_entropy, model, remat, temperature, head_chunk)
 
 
@@ -44,7 +43,7 @@ def label_nll_and_entropy(
     *,
     entropy_gradient: bool = True,
 ) -> Callable[[Lora | None, Params, MicroBatch], tuple[jax.Array, jax.Array]]:
-    """The same, and the entropy of what the label's token is drawn from, in nats; without a gradient it costs no product."""
+    """The same, and the entropy of what a label is drawn from, in nats; without a gradient it costs no product."""
     op = functools.partial(nll_and_entropy, entropy_gradient=entropy_gradient)
     return _of_labels(op, model, remat, temperature, head_chunk)
 

@@ -233,7 +233,13 @@ def test_what_is_logged_has_trls_names(model, baseline):
 def test_the_logged_entropy_is_that_of_what_tokens_were_drawn_from(model):
     """One token after one prompt, drawn many times over: whatever was drawn, from one distribution."""
     trainer = train(
-        model, [last_is_even], ROWS[:1], max_steps=1, max_completion_length=1, num_iterations=1, temperature=0.4
+        model,
+        [last_is_even],
+        ROWS[:1],
+        max_steps=1,
+        max_completion_length=1,
+        num_iterations=1,
+        temperature=0.4,
     )
     ids = jnp.asarray([trainer.prompts[0].ids])
     logps = jax.nn.log_softmax(model.apply(model.params, model.lora, ids)[0, -1] / 0.4)

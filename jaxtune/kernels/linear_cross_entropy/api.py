@@ -71,7 +71,11 @@ def _checked(x, w, labels_T, form, chunk, implementation, *, values, gradients):
     labels_T = jnp.asarray(labels_T)
     T, V = x[0].shape[0], w[0].shape[0]
     if labels_T.shape != (T,) or not jnp.issubdtype(labels_T.dtype, jnp.integer):
-        raise ValueError(f"labels are {labels_T.dtype}{list(labels_T.shape)} for {T} tokens, not integers [{T}]")
+        raise ValueError(
+            f"labels are {labels_T.dtype}{list(labels_T.shape)} for {T} tokens, not integers [{T}]"
+        )
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk}, which has to be at least one token, or None")
     if T == 0:
         return (jnp.zeros(0, jnp.float32),) * values
     return _per_token(Task(chunks.chunk_size(T, V, chunk), form, values, gradients), x, w, labels_T)
