@@ -20,17 +20,24 @@ LogProbsAndEntropy = Callable[[Lora | None, Params, MicroBatch], tuple[jax.Array
 """The same, and the entropy of what each of these tokens was drawn from."""
 
 
-def log_probs(model: CausalLM, temperature: float = 1.0, remat: Remat | None = None) -> LogProbs:
+def log_probs(
+    model: CausalLM, temperature: float = 1.0, remat: Remat | None = None, head_chunk: int | None = None
+) -> LogProbs:
     """By the function that SFT's loss is the sum of."""
-    nll = label_nll(model, remat, temperature)
+    nll = label_nll(model, remat, temperature, head_chunk)
     return lambda lora, params, batch: -nll(lora, params, batch).reshape(batch["labels"].shape)
 
 
 def log_probs_and_entropy(
-    model: CausalLM, temperature: float = 1.0, remat: Remat | None = None, *, entropy_gradient: bool = True
+    model: CausalLM,
+    temperature: float = 1.0,
+    remat: Remat | None = None,
+    head_chunk: int | None = None,
+    *,
+    entropy_gradient: bool = True,
 ) -> LogProbsAndEntropy:
     """Without `entropy_gradient` the entropy is there to be watched, and costs no product."""
-    both = label_nll_and_entropy(model, remat, temperature, entropy_gradient=entropy_gradient)
+    both = label_nll_and_entropy(model, remat, temperature, head_chunk, entropy_gradient=entropy_gradient)
 
     def function(lora: Lora | None, params: Params, batch: MicroBatch) -> tuple[jax.Array, jax.Array]:
         nll, entropy = both(lora, params, batch)
@@ -40,7 +47,7 @@ def log_probs_and_entropy(
     return function
 
 
-def of_all_micro_batches(function: LogProbs) -> LogProbs:
+def of_all_micro_batches[Function: (LogProbs, LogProbsAndEntropy)](function: Function) -> Function:
     """The same for a whole batch [A, R, L], one micro-batch after the other, compiled."""
     return jax.jit(lambda lora, params, batch: lax.map(lambda micro: function(lora, params, micro), batch))
 

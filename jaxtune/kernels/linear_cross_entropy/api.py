@@ -57,7 +57,7 @@ def nll_and_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """What `linear_cross_entropy` returns, and the entropy of softmax(logits) in nats, float32 [T] both; 0 where there
     is no label. `entropy_gradient=False` makes the entropy a constant, to be watched alone: its gradient costs a third
-    product of the head's size, and memory for as many hidden states."""
+    product of the head's size, chunks of half the size, and memory for as many hidden states again."""
     form = reference.Form(scale, softcap, temperature)
     nll_T, entropy_T = _checked(
         x_TD, w_VD, labels_T, form, chunk, implementation, values=2, gradients=1 + entropy_gradient
@@ -78,7 +78,9 @@ def _checked(x, w, labels_T, form, chunk, implementation, *, values, gradients):
         raise ValueError(f"chunk={chunk}, which has to be at least one token, or None")
     if T == 0:
         return (jnp.zeros(0, jnp.float32),) * values
-    return _per_token(Task(chunks.chunk_size(T, V, chunk), form, values, gradients), x, w, labels_T)
+    # Two gradients are made of as much memory as one.
+    task = Task(chunks.chunk_size(T, gradients * V, chunk), form, values, gradients)
+    return _per_token(task, x, w, labels_T)
 
 
 class Task(NamedTuple):
