@@ -39,7 +39,7 @@ def linear_cross_entropy(
     for the sum of their parts' products, of which each has a D of its own. Logits of at most `chunk` tokens exist at a
     time; None is as many as 512 MiB hold."""
     form = reference.Form(scale, softcap, temperature)
-    (nll_T,) = _checked(x_TD, w_VD, labels_T, form, chunk, implementation, values=1, gradients=1)
+    (nll_T,) = _of_tokens(x_TD, w_VD, labels_T, form, chunk, implementation, values=1, gradients=1)
     return nll_T
 
 
@@ -59,13 +59,13 @@ def nll_and_entropy(
     is no label. `entropy_gradient=False` makes the entropy a constant, to be watched alone: its gradient costs a third
     product of the head's size, chunks of half the size, and memory for as many hidden states again."""
     form = reference.Form(scale, softcap, temperature)
-    nll_T, entropy_T = _checked(
+    nll_T, entropy_T = _of_tokens(
         x_TD, w_VD, labels_T, form, chunk, implementation, values=2, gradients=1 + entropy_gradient
     )
     return nll_T, entropy_T
 
 
-def _checked(x, w, labels_T, form, chunk, implementation, *, values, gradients):
+def _of_tokens(x, w, labels_T, form, chunk, implementation, *, values, gradients):
     choose(NAME, implementation, IMPLEMENTATIONS)
     x, w = jax.tree.map(jnp.asarray, [each if isinstance(each, tuple) else (each,) for each in (x, w)])
     labels_T = jnp.asarray(labels_T)
