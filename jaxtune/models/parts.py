@@ -209,15 +209,6 @@ def _in_tiles(feed_forward, mlp, x_BTM, lora, tokens):
     mlp = quant.dequantized(mlp, x_BTM.dtype)
     tokens = -(-total // tiles)  # all of one size, with as little padding as that allows
     x_TM = jnp.pad(x_BTM.reshape(total, -1), ((0, tiles * tokens - total), (0, 0)))
-    import os
-    if os.environ.get("TILES") == "unroll":
-        one = jax.checkpoint(lambda mlp, x_TM, lora: feed_forward(mlp, x_TM, lora), prevent_cse=False)
-        done = []
-        for x in jnp.split(x_TM, tiles):
-            if done:
-                x, done[-1] = lax.optimization_barrier((x, done[-1]))
-            done.append(one(mlp, x, lora))
-        return jnp.concatenate(done)[:total].reshape(x_BTM.shape)
     one = jax.checkpoint(lambda x_TM: feed_forward(mlp, x_TM, lora), prevent_cse=False)
     y_TM = lax.map(one, x_TM.reshape(tiles, tokens, -1)).reshape(tiles * tokens, -1)
     return y_TM[:total].reshape(x_BTM.shape)
