@@ -90,7 +90,7 @@ def test_what_the_machine_lacks(monkeypatch):
 @pytest.mark.parametrize("shape", [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)])
 def test_lowers_for_cuda(shape):
     """In a loop over layers, whose index is an operand: the stacks themselves are the kernel's."""
-    stack = jax.eval_shape(functools.partial(pack, layers=3), shape)
+    stack = jax.eval_shape(lambda: pack(shape, layers=3))
 
     def sums(stack):
         one = lambda _, index: (
@@ -106,7 +106,7 @@ def test_lowers_for_cuda(shape):
 
 
 def test_lowers_for_cuda_under_vmap_and_remat():
-    stack = jax.eval_shape(functools.partial(pack, layers=3), (256, 128))
+    stack = jax.eval_shape(lambda: pack((256, 128), layers=3))
 
     @jax.checkpoint
     def product(x, packed):
