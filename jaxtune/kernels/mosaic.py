@@ -22,7 +22,7 @@ def take(table: Any, index: jax.Array, layout: Any, *, interpret: Any) -> jax.Ar
         arg_types=(plgpu.RefType(), layout),
         return_type=plgpu.ShapeDtypeStruct(index.shape, table.dtype, layout=layout),
     )
-    def gather(_, table: ir.Value, index: FragmentedArray) -> FragmentedArray:
+    def gather(_: Any, table: ir.Value, index: FragmentedArray) -> FragmentedArray:
         def entries(at: ir.Value) -> ir.Value:
             size = at.type.shape[0]
             each = [arith.index_castui(ir.IndexType.get(), vector.extract(at, [], [i])) for i in range(size)]

@@ -34,9 +34,9 @@ def test_each_layer_of_a_stack_has_the_references_bits(interpreted, values, dtyp
     shape, stack = (64, 512), pack((64, 512), layers=2, values=values)
     settings = dict(shape=shape, dtype=jnp.dtype(dtype), values=values)
     for index in range(2):
-        layer = jax.tree.map(lambda array: array[index], stack)
+        layer = nf4.Packed(*(array[index] for array in stack))
         expected = nf4.dequantize(layer, **settings, implementation="xla")
-        np.testing.assert_array_equal(mosaic_gpu.dequantize_layer(*stack, index, **settings), expected)
+        np.testing.assert_array_equal(mosaic_gpu.dequantize_layer(stack, index, **settings), expected)
 
 
 def test_product_and_gradient(interpreted):
@@ -95,7 +95,7 @@ def test_lowers_for_cuda(shape):
     def sums(stack):
         one = lambda _, index: (
             None,
-            mosaic_gpu.dequantize_layer(*stack, index, shape=shape, dtype=BF16, values="nf4").sum(),
+            mosaic_gpu.dequantize_layer(stack, index, shape=shape, dtype=BF16, values="nf4").sum(),
         )
         return jax.lax.scan(one, None, jnp.arange(3))[1]
 
@@ -111,7 +111,7 @@ def test_lowers_for_cuda_under_vmap_and_remat():
     @jax.checkpoint
     def product(x, packed):
         w = mosaic_gpu.dequantize_layer(
-            *(array[None] for array in packed), 0, shape=(256, 128), dtype=BF16, values="nf4"
+            [array[None] for array in packed], 0, shape=(256, 128), dtype=BF16, values="nf4"
         )
         return (x @ w.T).astype(jnp.float32).sum()
 

@@ -46,8 +46,8 @@ def dequantize(
     dtype = jnp.dtype(dtype)
     why_not = lambda: gpu.why_not_mosaic() or mosaic_gpu.why_not(shape, dtype, packed.offset is not None)
     if choose(NAME, implementation, {**IMPLEMENTATIONS, "mosaic_gpu": why_not}) == "mosaic_gpu":
-        stack_of_one = [array[None] for array in packed if array is not None]
-        return mosaic_gpu.dequantize_layer(*stack_of_one, 0, shape=shape, dtype=dtype, values=values)
+        stack_of_one = jax.tree.map(lambda array: array[None], packed)
+        return mosaic_gpu.dequantize_layer(stack_of_one, 0, shape=shape, dtype=dtype, values=values)
     return reference.dequantize(*packed, shape=shape, dtype=dtype, values=values)
 
 

@@ -4,7 +4,9 @@ bits. A program takes one group of scales, 256 blocks: 128 tiles of 64 bytes, wh
 The layers' stacks are read where they lie: a layer is an index, not a slice, which would be copied first.
 """
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +32,7 @@ def why_not(shape: tuple[int, int], dtype: jnp.dtype, double: bool) -> str | Non
 
 
 def dequantize_layer(
-    codes: jax.Array,
-    absmax: jax.Array,
-    nested_absmax: jax.Array,
-    offset: jax.Array,
+    stack: tuple[Any, ...],
     index: jax.Array | int,
     *,
     shape: tuple[int, int],
@@ -41,44 +40,42 @@ def dequantize_layer(
     values: str,
     interpret: bool = False,
 ) -> jax.Array:
-    """The weight [N, K] of layer `index`, of stacks [layers, ...]."""
+    """The weight [N, K] of layer `index`, of the four packed arrays as stacks [layers, ...]."""
     from jaxtune.kernels.mosaic import pl, plgpu, take
 
+    codes, absmax, nested_absmax, offset = stack
     layers, groups = nested_absmax.shape
     BYTES = plgpu.Layout.TILED(plgpu.Tiling(((STEP, BLOCK), (4, 8))), (-4,), (-2, -3), -1)
     PER_TILE = BYTES.reduce(1)
-    EACH = plgpu.Layout.TILED(plgpu.Tiling(((128,), (32,), (1,))), (-3,), (-2,), -1)
-    by_thread = lambda shape: plgpu.Layout.WG_STRIDED(shape, vec_size=math.prod(shape) // 128)
+    PER_LANE = plgpu.Layout.TILED(plgpu.Tiling(((128,), (32,), (1,))), (-3,), (-2,), -1)
+    PAIR_PER_LANE = plgpu.Layout.WG_STRIDED((GROUP,), vec_size=2)
     steps = [pl.ds(start, STEP) for start in range(0, TILES, STEP)]
 
-    def kernel(
+    def nf4_dequantize(
         index, codes, absmax, nested_absmax, offset, table, dynamic_map, out, values, products, scales
     ):
         layer, group = index[0], lax.axis_index("group")
-        # On their way while the scales are decoded.
-        packed = [plgpu.load(codes.at[layer, group, step], layout=BYTES, optimized=False) for step in steps]
-        scale_codes = [
-            plgpu.load(absmax.at[layer, group, :, plane], layout=EACH, optimized=False) for plane in (0, 1)
-        ]
-        values[...] = plgpu.load(table, layout=by_thread(table.shape))
-        # Product and sum are two roundings, as in the reference; memory between them keeps them from being fused.
-        products[...] = plgpu.load(dynamic_map, layout=by_thread((GROUP,))) * nested_absmax[layer, group]
+        load = functools.partial(plgpu.load, optimized=False)
+        packed = [load(codes.at[layer, group, step], layout=BYTES) for step in steps]  # arrives meanwhile
+        scale_codes = [load(absmax.at[layer, group, :, plane], layout=PER_LANE) for plane in (0, 1)]
+        values[...] = load(table, layout=PER_LANE)
+        # Product and sum are two roundings, as in the reference: memory between them keeps them from being fused.
+        products[...] = load(dynamic_map, layout=PAIR_PER_LANE) * nested_absmax[layer, group]
         plgpu.commit_smem()
         for plane, code in enumerate(scale_codes):
-            scales[plane] = take(products, code.astype(jnp.int32), EACH, interpret=interpret) + offset[layer]
+            product = take(products, code.astype(jnp.int32), PER_LANE, interpret=interpret)
+            scales[plane] = product + offset[layer]
         plgpu.commit_smem()
         for step, byte in zip(steps, packed, strict=True):
             byte = byte.astype(jnp.int32)
             for plane, code in enumerate([byte & 15, lax.shift_right_logical(byte, 4)]):
-                scale = plgpu.load(scales.at[plane, step], layout=PER_TILE, optimized=False)
                 value = take(values, code, BYTES, interpret=interpret)
-                out[group, step, plane] = (value * lax.broadcast_in_dim(scale, code.shape, (0,))).astype(
-                    dtype
-                )
+                scale = lax.broadcast_in_dim(load(scales.at[plane, step], layout=PER_TILE), value.shape, (0,))
+                out[group, step, plane] = (value * scale).astype(dtype)
 
-    table = np.tile(TABLES[values], 8)  # of one entry per lane
+    table = np.tile(TABLES[values], 8)  # every lane brings one entry
     weight = plgpu.kernel(
-        kernel,
+        nf4_dequantize,
         out_type=jax.ShapeDtypeStruct((groups, TILES, 2, BLOCK), dtype),
         scratch_types=[
             plgpu.SMEM(table.shape, jnp.float32),
