@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtune.kernels import implementations
+from jaxtune.kernels import nf4 as kernel
 from jaxtune.kernels.nf4 import layout
 from jaxtune.quant import nf4
 from jaxtune.training.losses import next_token_loss, unwatched
@@ -35,6 +36,27 @@ def test_nf4_has_the_same_bits(shape, dtype):
     assert (off > 0).mean() <= 0.005
     assert_trees_equal(
         jax.jit(lambda w: w.dequantize())(jax.device_put(theirs)), on_cpu(lambda w: w.dequantize(), theirs)
+    )
+
+
+@pytest.mark.parametrize("shape", [(1024, 4096), (4096, 14336), (14336, 4096)])
+@pytest.mark.parametrize("values", ["nf4", "fp4"])
+def test_the_kernel_dequantises_to_the_same_bits(shape, values):
+    """Whatever the codes: all bytes, all entries of the scales' map."""
+    (out, inn), keys = shape, jax.random.split(jax.random.key(0), 3)
+    packed = kernel.Packed(
+        jax.random.bits(keys[0], (out, inn // 2), jnp.uint8),
+        jax.random.bits(keys[1], (out, inn // 64), jnp.uint8),
+        jax.random.uniform(keys[2], (out * inn // 16384,), minval=1e-3, maxval=0.1),
+        jnp.float32(0.03),
+    )
+    of = lambda implementation: jax.jit(
+        lambda packed: kernel.dequantize(
+            packed, shape=shape, dtype="bfloat16", values=values, implementation=implementation
+        )
+    )
+    np.testing.assert_array_equal(
+        *(np.asarray(of(name)(packed)).view(np.uint16) for name in ("mosaic_gpu", "xla"))
     )
 
 
