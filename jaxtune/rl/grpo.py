@@ -25,7 +25,13 @@ from jaxtune.rl import completions
 from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.losses import group_advantages, sequence_weights, total_rewards
 from jaxtune.rl.metrics import completion_facts, reward_facts
-from jaxtune.rl.policy import LogProbs, grpo_loss, log_probs, of_all_micro_batches
+from jaxtune.rl.policy import (
+    LogProbsAndEntropy,
+    grpo_loss,
+    log_probs,
+    log_probs_and_entropy,
+    of_all_micro_batches,
+)
 from jaxtune.rl.prompts import Prompt, read_prompts, steps
 from jaxtune.rl.rewards import RewardFunction, RewardFunctions, TrainerState
 from jaxtune.rl.rollout import Rollout, lay_out_rollout, roll_out, shapes
@@ -109,7 +115,9 @@ class GRPOTrainer(Trainer):
 
     def train(self) -> TrainOutput:
         self._said.clear()
-        function = log_probs(self.model.causal_lm, self.args.temperature, self._remat())
+        function = log_probs_and_entropy(
+            self.model.causal_lm, self.args.temperature, self._remat(), entropy_gradient=False
+        )
         return self._train(loss_of(self.args, function), self.batches, self._total_steps)
 
     def batches(self, newest: Newest) -> Iterator[tuple[MicroBatch, Facts]]:
@@ -211,7 +219,7 @@ class GRPOTrainer(Trainer):
         return rollouts * self.args.prompts_per_step / len(self.prompts)
 
 
-def loss_of(args: GRPOConfig, function: LogProbs) -> WatchedLoss:
+def loss_of(args: GRPOConfig, function: LogProbsAndEntropy) -> WatchedLoss:
     """The objective as the settings have it."""
     return grpo_loss(
         function,

@@ -11,25 +11,49 @@ from jax import lax
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.models.layer_loop import Remat
 from jaxtune.rl.losses import policy_terms
-from jaxtune.training.losses import MicroBatch, Sums, WatchedLoss, label_nll
+from jaxtune.training.losses import MicroBatch, Sums, WatchedLoss, label_nll, label_nll_and_entropy
 
 LogProbs = Callable[[Lora | None, Params, MicroBatch], jax.Array]
 """float32 [R, L]: log p(label) of every token that has one, 0 of the others. `lora=None` is the reference."""
 
+LogProbsAndEntropy = Callable[[Lora | None, Params, MicroBatch], tuple[jax.Array, jax.Array]]
+"""The same, and the entropy of what each of these tokens was drawn from."""
 
-def log_probs(model: CausalLM, temperature: float = 1.0, remat: Remat | None = None) -> LogProbs:
+
+def log_probs(
+    model: CausalLM, temperature: float = 1.0, remat: Remat | None = None, head_chunk: int | None = None
+) -> LogProbs:
     """By the function that SFT's loss is the sum of."""
-    nll = label_nll(model, remat, temperature)
+    nll = label_nll(model, remat, temperature, head_chunk)
     return lambda lora, params, batch: -nll(lora, params, batch).reshape(batch["labels"].shape)
 
 
-def of_all_micro_batches(function: LogProbs) -> LogProbs:
+def log_probs_and_entropy(
+    model: CausalLM,
+    temperature: float = 1.0,
+    remat: Remat | None = None,
+    head_chunk: int | None = None,
+    *,
+    entropy_gradient: bool = True,
+) -> LogProbsAndEntropy:
+    """Without `entropy_gradient` the entropy is there to be watched, and costs no product."""
+    both = label_nll_and_entropy(model, remat, temperature, head_chunk, entropy_gradient=entropy_gradient)
+
+    def function(lora: Lora | None, params: Params, batch: MicroBatch) -> tuple[jax.Array, jax.Array]:
+        nll, entropy = both(lora, params, batch)
+        shape = batch["labels"].shape
+        return -nll.reshape(shape), entropy.reshape(shape)
+
+    return function
+
+
+def of_all_micro_batches[Function: (LogProbs, LogProbsAndEntropy)](function: Function) -> Function:
     """The same for a whole batch [A, R, L], one micro-batch after the other, compiled."""
     return jax.jit(lambda lora, params, batch: lax.map(lambda micro: function(lora, params, micro), batch))
 
 
 def grpo_loss(
-    function: LogProbs,
+    function: LogProbsAndEntropy,
     *,
     epsilon: float,
     epsilon_high: float | None,
@@ -40,7 +64,7 @@ def grpo_loss(
     `old_logps` (without them the policy is taken to be the one that sampled) and `ref_logps`: float32 [R, L]."""
 
     def loss(lora: Lora | None, params: Params, batch: MicroBatch) -> tuple[jax.Array, Sums]:
-        logps_RL = function(lora, params, batch)
+        logps_RL, entropy_RL = function(lora, params, batch)
         ref_logps_RL = batch.get("ref_logps")
         terms = policy_terms(
             logps_RL,
@@ -53,7 +77,7 @@ def grpo_loss(
             use_bias_correction_kl=use_bias_correction_kl,
         )
         sums = {
-            "entropy": -logps_RL.sum(),  # of sampled tokens: an estimate that needs no logits
+            "entropy": entropy_RL.sum(),
             "clip_ratio/low_mean": terms.clipped_low.sum(),
             "clip_ratio/high_mean": terms.clipped_high.sum(),
             "clip_ratio/region_mean": (terms.clipped_low + terms.clipped_high).sum(),

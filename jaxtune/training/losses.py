@@ -1,12 +1,13 @@
 """Losses as pure functions of (lora, params, batch): usable alone, under jit, grad and vmap."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxtune.kernels.linear_cross_entropy import IGNORE, linear_cross_entropy
+from jaxtune.kernels.linear_cross_entropy import IGNORE, linear_cross_entropy, nll_and_entropy
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.models.layer_loop import Remat
 
@@ -27,12 +28,30 @@ WatchedLoss = Callable[[Tree | None, Tree, MicroBatch], tuple[jax.Array, Sums]]
 
 
 def label_nll(
-    model: CausalLM, remat: Remat | None = None, temperature: float = 1.0
+    model: CausalLM, remat: Remat | None = None, temperature: float = 1.0, head_chunk: int | None = None
 ) -> Callable[[Lora | None, Params, MicroBatch], jax.Array]:
     """-log p(label) of every token of a micro-batch, float32 [R * L], 0 where there is no label, as a function of
-    (lora, params, batch). Logits exist for a chunk of tokens at a time."""
+    (lora, params, batch). Logits exist for `head_chunk` labelled tokens at a time (None: as many as 512 MiB hold)."""
+    return _of_labels(linear_cross_entropy, model, remat, temperature, head_chunk)
 
-    def nll(lora: Lora | None, params: Params, batch: MicroBatch) -> jax.Array:
+
+def label_nll_and_entropy(
+    model: CausalLM,
+    remat: Remat | None = None,
+    temperature: float = 1.0,
+    head_chunk: int | None = None,
+    *,
+    entropy_gradient: bool = True,
+) -> Callable[[Lora | None, Params, MicroBatch], tuple[jax.Array, jax.Array]]:
+    """The same, and the entropy of what a label is drawn from, in nats; without a gradient it costs no product."""
+    op = functools.partial(nll_and_entropy, entropy_gradient=entropy_gradient)
+    return _of_labels(op, model, remat, temperature, head_chunk)
+
+
+def _of_labels(
+    op: Callable, model: CausalLM, remat: Remat | None, temperature: float, head_chunk: int | None
+) -> Callable[[Lora | None, Params, MicroBatch], Any]:
+    def of_batch(lora: Lora | None, params: Params, batch: MicroBatch) -> Any:
         hidden_RLM, _ = model.hidden(
             params,
             lora,
@@ -44,21 +63,22 @@ def label_nll(
             dropout_key=batch.get("dropout_key"),
         )
         x_RL, w_V = model.head(params, hidden_RLM, lora, batch.get("dropout_key"))
-        return linear_cross_entropy(
+        return op(
             tuple(x_RLD.reshape(-1, x_RLD.shape[-1]) for x_RLD in x_RL),
             w_V,
             batch["labels"].reshape(-1),
             scale=model.config.logit_scale,
             softcap=model.config.logit_softcap,
             temperature=temperature,
+            chunk=head_chunk,
         )
 
-    return nll
+    return of_batch
 
 
-def next_token_loss(model: CausalLM, remat: Remat | None = None) -> Loss:
+def next_token_loss(model: CausalLM, remat: Remat | None = None, head_chunk: int | None = None) -> Loss:
     """The sum of -log p(label) over the tokens that have a label, as a function of (lora, params, batch)."""
-    nll = label_nll(model, remat)
+    nll = label_nll(model, remat, head_chunk=head_chunk)
     return lambda lora, params, batch: nll(lora, params, batch).sum()
 
 

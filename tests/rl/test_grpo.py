@@ -145,8 +145,10 @@ def test_beta_and_iterations_are_what_costs_a_forward_pass_more(model, plain_bat
     ids=str,
 )
 def test_a_setting_of_the_objective_changes_it(settings):
+    policy = lambda lora, params, batch: (batch["logps"], jnp.zeros((2, 8)))
+
     def loss(**settings):
-        function = loss_of(GRPOConfig(**{**BASE, **settings}), lambda lora, params, batch: batch["logps"])
+        function = loss_of(GRPOConfig(**{**BASE, **settings}), policy)
         rng = np.random.default_rng(0)
         names = ("logps", "old_logps", "ref_logps", "advantages")
         batch = {name: jnp.asarray(rng.normal(0, 0.3, (2, 8)), "float32") for name in names}
@@ -228,18 +230,21 @@ def test_what_is_logged_has_trls_names(model, baseline):
     assert 0 < record["completions/clipped_ratio"] < 1
 
 
-def test_the_logged_entropy_estimates_the_real_one(model):
-    """One token after one prompt, many times over: the mean of -log p of what was sampled is near the
-    entropy of what it was sampled from."""
+def test_the_logged_entropy_is_that_of_what_tokens_were_drawn_from(model):
+    """One token after one prompt, drawn many times over: whatever was drawn, from one distribution."""
     trainer = train(
-        model, [last_is_even], ROWS[:1], max_steps=1, max_completion_length=1, num_generations=64,
-        per_device_train_batch_size=8, gradient_accumulation_steps=16, num_iterations=1, temperature=0.4,
-    )  # fmt: skip
+        model,
+        [last_is_even],
+        ROWS[:1],
+        max_steps=1,
+        max_completion_length=1,
+        num_iterations=1,
+        temperature=0.4,
+    )
     ids = jnp.asarray([trainer.prompts[0].ids])
     logps = jax.nn.log_softmax(model.apply(model.params, model.lora, ids)[0, -1] / 0.4)
     entropy = -(jnp.exp(logps) * logps).sum()
-    deviation = jnp.sqrt((jnp.exp(logps) * (logps + entropy) ** 2).sum() / 128)
-    assert abs(trainer.log_history[0]["entropy"] - entropy) < 3 * deviation
+    np.testing.assert_allclose(trainer.log_history[0]["entropy"], entropy, rtol=1e-4)
 
 
 def test_an_adapter_that_is_silent_has_no_divergence_from_the_reference(model, baseline):

@@ -12,7 +12,7 @@ from jaxtune.data.layout import MENU_SIZE, Limits, Shape, cheapest_fit
 from jaxtune.inference.generate import generate
 from jaxtune.models import names
 from jaxtune.rl.losses import policy_terms, sequence_weights
-from jaxtune.rl.policy import grpo_loss, log_probs, of_all_micro_batches
+from jaxtune.rl.policy import grpo_loss, log_probs, log_probs_and_entropy, of_all_micro_batches
 from jaxtune.rl.rollout import Rollout, lay_out_rollout, roll_out, shapes
 from jaxtune.training.step import value_and_grad
 from tests.kit import tiny
@@ -44,14 +44,23 @@ def batch_of(rollout, shape, trained_S=None, **values):
 
 
 def by_apply(model, params, lora, rollout, temperature=1.0):
-    """log softmax of whole logits, [S] lists over each completion's tokens."""
+    """log softmax of whole logits at the label, [S] lists over each completion's tokens."""
+    return [
+        jnp.take_along_axis(logps, jnp.asarray(completion)[:, None], axis=1)[:, 0]
+        for logps, completion in zip(
+            softmaxes(model, params, lora, rollout, temperature), rollout.completion_ids, strict=True
+        )
+    ]
+
+
+def softmaxes(model, params, lora, rollout, temperature=1.0):
+    """log softmax of whole logits, [S] lists of [tokens of the completion, V]."""
     longest = max(map(sum, LENGTHS))
     tokens = np.zeros((8, longest), np.int32)
     for row, (prompt, completion) in enumerate(zip(rollout.prompt_ids, rollout.completion_ids, strict=True)):
         tokens[row, : len(prompt) + len(completion)] = prompt + completion
     logps = jax.nn.log_softmax(jax.jit(model.apply)(params, lora, tokens) / temperature)
-    picked = jnp.take_along_axis(logps[:, :-1], tokens[:, 1:, None], axis=2)[..., 0]
-    return [picked[s, p - 1 : p + c - 1] for s, (p, c) in enumerate(LENGTHS)]
+    return [logps[s, p - 1 : p + c - 1] for s, (p, c) in enumerate(LENGTHS)]
 
 
 def of_completion(batch, array, s):
@@ -69,6 +78,18 @@ def test_log_probs_are_log_softmax_of_apply(case, rollout, adapter, temperature)
     for s, theirs in enumerate(by_apply(model, params, lora, rollout, temperature)):
         assert_close(of_completion(batch, ours, s), theirs, 1e-5, f"completion {s}")
     np.testing.assert_array_equal(ours[batch["labels"] == -100], 0)
+
+
+def test_entropies_are_those_of_the_softmax_of_apply(case, rollout):
+    model, params, lora = case
+    batch = batch_of(rollout, Shape(2, 2, 64), advantages=np.arange(1, 9))
+    logps, entropy = of_all_micro_batches(log_probs_and_entropy(model, 0.7))(lora, params, batch)
+    for s, each in enumerate(softmaxes(model, params, lora, rollout, 0.7)):
+        assert_close(
+            of_completion(batch, entropy, s), -(jnp.exp(each) * each).sum(axis=1), 1e-5, f"completion {s}"
+        )
+    np.testing.assert_array_equal(entropy[batch["labels"] == -100], 0)
+    assert_close(logps, of_all_micro_batches(log_probs(model, 0.7))(lora, params, batch), 1e-6)
 
 
 def test_the_reference_is_the_base_whatever_the_adapter(case, rollout):
@@ -114,7 +135,7 @@ def test_the_menu_holds_every_rollout_and_short_ones_take_less():
 @pytest.fixture(scope="module")
 def compute(case):
     """(lora, params, batch) -> (loss, gradient, metrics), compiled once for each shape."""
-    loss = grpo_loss(log_probs(case[0]), **OPTIONS)
+    loss = grpo_loss(log_probs_and_entropy(case[0], entropy_gradient=False), **OPTIONS)
     return jax.jit(functools.partial(value_and_grad, loss))
 
 
@@ -151,7 +172,11 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_cut(case, compute, full_
     assert_trees_close(metrics, expected[2], 1e-4)
     assert_trees_close(grads, expected[1], 1e-4)
     assert metrics["kl"] > 0
-    assert metrics["entropy"] > 0
+
+
+def test_the_entropy_reported_is_the_mean_over_completion_tokens(case, rollout, expected):
+    each = jnp.concatenate(softmaxes(*case, rollout))
+    assert_close(expected[2]["entropy"], -(jnp.exp(each) * each).sum(axis=1).mean(), 1e-5)
 
 
 def test_loss_and_gradient_are_those_of_whole_logits(case, rollout, expected):

@@ -1,19 +1,15 @@
-"""Linear cross-entropy in plain XLA: logits exist for one chunk of tokens at a time.
+"""What a chunk of tokens has to do with its logits, in plain XLA: a loss, an entropy, and their gradients.
 
-Shapes: T tokens, D hidden, V vocabulary, C tokens in a chunk. Hidden states x and head w come in parts: tuples of
+Shapes: D hidden, V vocabulary, C tokens in a chunk. Hidden states x and head w come in parts: tuples of
 [C, D] and of [V, D], each pair with a D of its own, whose products are added.
 """
 
 import functools
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-
-IGNORE = -100
 
 Parts = tuple[jax.Array, ...]
 
@@ -48,77 +44,49 @@ def _logits(x, w, form):
     return (logits if slope == 1 else logits * slope), slope
 
 
-def _label_hot(labels_C, vocab):
-    return jax.nn.one_hot(labels_C, vocab, dtype=jnp.float32)  # all zeros where the label is IGNORE
+class OfTokens(NamedTuple):
+    """One of each for every token, [C], or its gradient by the product x . w, [C, V]."""
+
+    nll: jax.Array
+    """-log p(label); of a label that is no token of the vocabulary, NaN."""
+    entropy: jax.Array
+    """- sum over the vocabulary of p log p, in nats."""
 
 
-def nll_of_chunk(x: Parts, w: Parts, labels_C: jax.Array, form: Form = PLAIN) -> jax.Array:
-    """Negative log-likelihood of each label [C]; 0 where the label is IGNORE (or any other negative number)."""
-    logits_CV, _ = _logits(x, w, form)
-    label = jnp.take_along_axis(logits_CV, jnp.maximum(labels_C, 0)[:, None], axis=1)[:, 0]
-    return jnp.where(labels_C >= 0, jax.nn.logsumexp(logits_CV, axis=1) - label, 0.0)
-
-
-def nll_and_dx_of_chunk(
+def values_and_slopes(
     x: Parts, w: Parts, labels_C: jax.Array, form: Form = PLAIN
-) -> tuple[jax.Array, Parts]:
-    """The same, with d nll[t] / d x[t], [C, D] each, from the very logits that the loss needed."""
-    dlogits_CV, nll_C = _dlogits(x, w, labels_C, form)
-    return nll_C, tuple(jnp.einsum("cv,vd->cd", dlogits_CV, w_VD) for w_VD in w)
+) -> tuple[OfTokens, OfTokens]:
+    """Both values [C] and their float32 gradients by the product [C, V]; all 0 where the label is negative. What is not
+    used of it is not computed."""
+    logits_CV, slope = _logits(x, w, form)
+    V = logits_CV.shape[1]
+    lse_C1 = jax.nn.logsumexp(logits_CV, axis=1, keepdims=True)
+    logp_CV = logits_CV - lse_C1
+    p_CV = jnp.exp(logp_CV)
+    label_C1 = jnp.take_along_axis(logits_CV, jnp.maximum(labels_C, 0)[:, None], axis=1, mode="fill")
+    entropy_C1 = -(p_CV * logp_CV).sum(axis=1, keepdims=True)
+    hot_CV = jnp.where(labels_C[:, None] < V, jax.nn.one_hot(labels_C, V, dtype=jnp.float32), jnp.nan)
+
+    labelled_C1 = labels_C[:, None] >= 0
+    value = lambda each_C1: jnp.where(labelled_C1, each_C1, 0.0)[:, 0]
+    by_product = lambda each_CV: jnp.where(labelled_C1, each_CV if form == PLAIN else each_CV * slope, 0.0)
+    return (
+        OfTokens(value(lse_C1 - label_C1), value(entropy_C1)),
+        OfTokens(by_product(p_CV - hot_CV), by_product(-p_CV * (logp_CV + entropy_C1))),
+    )
 
 
-def dw_of_chunk(
-    x: Parts, w: Parts, trained: tuple, labels_C: jax.Array, dnll_C: jax.Array, form: Form = PLAIN
-) -> tuple:
-    """The chunk's part of d (dnll . nll) / d w, float32 [V, D] each; None where `trained` is None."""
-    dlogits_CV, _ = _dlogits(x, w, labels_C, form)
-    weighted = dlogits_CV * dnll_C.astype(dlogits_CV.dtype)[:, None]
+def dx_of_chunk(slope_CV: jax.Array, x: Parts, w: Parts) -> Parts:
+    """d value[t] / d x[t], [C, D] each."""
+    slope_CV = slope_CV.astype(x[0].dtype)
+    return tuple(jnp.einsum("cv,vd->cd", slope_CV, w_VD) for w_VD in w)
+
+
+def dw_of_chunk(slope_CV: jax.Array, x: Parts, trained: Sequence[jax.Array | None]) -> tuple:
+    """The chunk's part of d (sum of values) / d w, float32 [V, D] each; None where `trained` is None."""
+    slope_CV = slope_CV.astype(x[0].dtype)
     return tuple(
         None if part is None
-        else jnp.einsum("cv,cd->vd", weighted, x_CD, preferred_element_type=jnp.float32)
+        else jnp.einsum("cv,cd->vd", slope_CV, x_CD, preferred_element_type=jnp.float32)
         for x_CD, part in zip(x, trained, strict=True)
     )  # fmt: skip
-
-
-def _dlogits(x, w, labels_C, form):
-    """d nll / d product [C, V], and the nll."""
-    logits_CV, slope = _logits(x, w, form)
-    lse_C = jax.nn.logsumexp(logits_CV, axis=1)
-    label = jnp.take_along_axis(logits_CV, jnp.maximum(labels_C, 0)[:, None], axis=1)[:, 0]
-    trained_C = labels_C >= 0
-    dlogits = jnp.exp(logits_CV - lse_C[:, None]) - _label_hot(labels_C, logits_CV.shape[1])
-    if form != PLAIN:
-        dlogits = dlogits * slope
-    dlogits = jnp.where(trained_C[:, None], dlogits, 0.0).astype(x[0].dtype)
-    return dlogits, jnp.where(trained_C, lse_C - label, 0.0)
-
-
-def map_chunks(function: Callable, chunk: int, *trees_T: Any) -> Any:
-    """`function` over chunks of the leading axis, results laid end to end again. The labels are the last tree."""
-    out = lax.map(lambda cut: function(*cut), _cut(chunk, *trees_T))
-    T = trees_T[-1].shape[0]
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:T], out)
-
-
-def sum_chunks(function: Callable, chunk: int, zero: Any, *trees_T: Any) -> Any:
-    """The sum of `function` over chunks, one chunk's result alive at a time. The labels are the last tree."""
-    add = lambda total, cut: (jax.tree.map(jnp.add, total, function(*cut)), None)
-    return lax.scan(add, zero, _cut(chunk, *trees_T))[0]
-
-
-def _cut(chunk: int, *trees_T: Any) -> tuple:
-    """[T, ...] -> [n, chunk, ...] each; the last one is the labels, whose padding is IGNORE."""
-    T = trees_T[-1].shape[0]
-    chunk = (
-        math.ceil(T / math.ceil(T / chunk)) if T else 1
-    )  # all of one size, with as little padding as that allows
-    fills = (0,) * (len(trees_T) - 1) + (IGNORE,)
-
-    def cut(x, fill):
-        x = jnp.pad(x, [(0, -T % chunk)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
-        return x.reshape(-1, chunk, *x.shape[1:])
-
-    return tuple(
-        jax.tree.map(functools.partial(cut, fill=fill), tree)
-        for tree, fill in zip(trees_T, fills, strict=True)
-    )
