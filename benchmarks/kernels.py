@@ -33,13 +33,15 @@ from jaxtune.kernels.attention import api as attention_api
 from jaxtune.kernels.attention import attention
 from jaxtune.kernels.choice import runnable
 from jaxtune.kernels.linear_cross_entropy import api as cross_entropy_api
-from jaxtune.kernels.linear_cross_entropy import linear_cross_entropy
+from jaxtune.kernels.linear_cross_entropy import linear_cross_entropy, nll_and_entropy
 from jaxtune.models import rope
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.parts import ACTIVATIONS, RMSNorm
 
 PAGE = ROOT / "docs" / "kernels.md"
 PRODUCT = "bf16 product alone"
+CALLS = 32
+"""Of one program at most: each is compiled."""
 
 
 class Scale(NamedTuple):
@@ -53,7 +55,7 @@ class Scale(NamedTuple):
     """Tokens of a decoding step."""
     rotated: float = 512e6
     """Bytes of inputs that take turns: several times the largest cache."""
-    program: float = 500e-6
+    program: float = 200e-6
     """Seconds of a program at the least, so that dispatching it takes no part."""
     copied: int = 2**30
     product: int = 8192
@@ -74,6 +76,8 @@ class Case(NamedTuple):
     product: Callable | None = None
     """The bf16 products that the flops are, alone."""
     given: tuple = ()
+    size: float = 1
+    """Of the random numbers."""
 
 
 class Rates(NamedTuple):
@@ -121,8 +125,9 @@ def nf4_dequantize(c: ModelConfig, s: Scale) -> Iterable[Case]:
     for name, shape in linears(c).items():
         packed = jax.eval_shape(nf4.quantize, bf16(*shape))
         to_bf16 = functools.partial(nf4.dequantize, shape=shape, dtype=jnp.bfloat16)
+        moved = nbytes((packed, bf16(*shape)))
         yield Case(
-            f"{name} {shape[0]} x {shape[1]}", (packed,), {"xla": to_bf16}, nbytes((packed, bf16(*shape)))
+            f"{name}, {shape[0]} x {shape[1]}", (packed,), each(nf4.api.IMPLEMENTATIONS, to_bf16), moved
         )
 
 
@@ -145,7 +150,7 @@ def scaled_matmul(c: ModelConfig, s: Scale) -> Iterable[Case]:
     candidates = each(scaled.api.IMPLEMENTATIONS, forward)
     for dtype, block in (("int8", (1, None)), ("float8_e4m3fn", (128, 128))):
         packed = jax.eval_shape(functools.partial(scaled.quantize, dtype=dtype, block=block), bf16(*shape))
-        for case in packed_products(shape, packed, candidates, s):
+        for case in packed_products(shape, packed, candidates, s._replace(decoded=())):
             yield case._replace(what=f"{dtype}, {case.what}")
 
 
@@ -184,15 +189,22 @@ def cross_entropy(c: ModelConfig, s: Scale) -> Iterable[Case]:
         nll, pull = jax.vjp(lambda x: forward(x, w, dnll, labels, implementation=implementation), x)
         return nll, pull(dnll)
 
+    def with_entropy(x, w, dnll, labels, *, implementation):
+        loss = functools.partial(nll_and_entropy, entropy_gradient=False, implementation=implementation)
+        nll, pull, entropy = jax.vjp(lambda x: loss(x, w, labels), x, has_aux=True)
+        return nll, entropy, pull(dnll)
+
     def two_products(x, w, dnll, labels):
         return lax.optimization_barrier(x @ w.T) @ w
 
     size, implementations = f"{T} x {M} x {V}", cross_entropy_api.IMPLEMENTATIONS
     one = 2 * T * M * V
-    yield Case(f"forward, {size}", inputs, each(implementations, forward), nbytes(inputs[:2]), one,
-               lambda x, w, *_: x @ w.T, (labels,))  # fmt: skip
-    yield Case(f"forward and gradient, {size}", inputs, each(implementations, both),
-               nbytes((inputs[:2], inputs[0])), 2 * one, two_products, (labels,))  # fmt: skip
+    shared = dict(inputs=inputs, given=(labels,), size=M**-0.25)  # logits of size 1: no softmax is all zeros
+    yield Case(f"forward, {size}", candidates=each(implementations, forward), moved=nbytes(inputs[:2]), flops=one,
+               product=lambda x, w, *_: x @ w.T, **shared)  # fmt: skip
+    for what, function in (("", both), (", with entropies to watch", with_entropy)):
+        yield Case(f"forward and gradient, {size}{what}", candidates=each(implementations, function),
+                   moved=nbytes((inputs[:2], inputs[0])), flops=2 * one, product=two_products, **shared)  # fmt: skip
 
 
 def causal_attention(c: ModelConfig, s: Scale) -> Iterable[Case]:
@@ -286,15 +298,15 @@ OPS: dict[str, Callable[[ModelConfig, Scale], Iterable[Case]]] = {
 # ---- measuring ----
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def draw(key: jax.Array, specs: tuple) -> tuple:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def draw(key: jax.Array, specs: tuple, size: float = 1) -> tuple:
     """Random arrays of these shapes: normal numbers, and any bits where they are codes."""
     leaves, tree = jax.tree.flatten(specs)
 
     def one(key, spec):
         if jnp.issubdtype(spec.dtype, jnp.integer):
             return lax.bitcast_convert_type(jax.random.bits(key, spec.shape, jnp.uint8), spec.dtype)
-        return jax.random.normal(key, spec.shape, jnp.bfloat16).astype(spec.dtype)
+        return (size * jax.random.normal(key, spec.shape, jnp.bfloat16)).astype(spec.dtype)
 
     return jax.tree.unflatten(tree, map(one, jax.random.split(key, len(leaves)), leaves))
 
@@ -316,10 +328,12 @@ def program(function: Callable, sets: list[tuple], calls: int) -> jax.stages.Com
 def measure(case: Case, s: Scale, rates: Rates, seconds: float) -> list[dict[str, Any]]:
     """A row for every candidate that takes the case, the products alone among them."""
     floor = rates.floor(case)
-    count = max(1, math.ceil(s.rotated / nbytes(case.inputs)))
+    count = max(1, min(CALLS, math.ceil(s.rotated / nbytes(case.inputs))))
     given = jax.device_put(case.given)
-    sets = [(*draw(key, case.inputs), *given) for key in jax.random.split(jax.random.key(0), count)]
-    calls = max(count, min(32, math.ceil(s.program / floor)))
+    sets = [
+        (*draw(key, case.inputs, case.size), *given) for key in jax.random.split(jax.random.key(0), count)
+    ]
+    calls = max(count, min(CALLS, math.ceil(s.program / floor)))
     candidates = {**case.candidates, **({PRODUCT: case.product} if case.product else {})}
     programs, rows = {}, []
     for name, function in candidates.items():
@@ -347,7 +361,7 @@ def measure(case: Case, s: Scale, rates: Rates, seconds: float) -> list[dict[str
 
 
 def measure_rates(s: Scale, seconds: float) -> Rates:
-    """Of a large copy and of a large bf16 product, for as long as it takes to warm up."""
+    """Of a large copy and of a large bf16 product, by turns."""
     (x,), (a, b) = (
         draw(jax.random.key(1), specs)
         for specs in ((bf16(s.copied // 2),), (bf16(s.product, s.product), bf16(s.product, s.product)))
@@ -420,10 +434,10 @@ def main():
 
     enable_cache()
     models = args.models or (["llama-3.1-8b"] if args.quick else [name for name in SHAPES if name != "tiny"])
-    seconds = 0.02 if models == ["tiny"] else 0.1 if args.quick else 0.4
+    seconds = 0.02 if models == ["tiny"] else 0.1 if args.quick else 0.3
     scales = {name: TINY if name == "tiny" else Scale() for name in models}
     largest = scales[models[0]]
-    rates = measure_rates(largest, 2 * seconds)
+    rates = measure_rates(largest, 5 * seconds)
     print(f"copy {rates.copy / 1e12:.2f} TB/s, product {rates.product / 1e12:.0f} TFLOP/s", flush=True)
     rows: list[dict[str, Any]] = []
     for model, op in itertools.product(models, args.ops):

@@ -3,6 +3,8 @@
 The header says the seed; JAXTUNE_TEST_SEED repeats one.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from jaxtune.kernels import nf4
 from jaxtune.kernels.attention import attention, cudnn
+from jaxtune.kernels.choice import runnable
 from jaxtune.kernels.linear_cross_entropy import linear_cross_entropy
 from jaxtune.kernels.nf4 import layout
 from tests.kit import gpu_runs
@@ -74,7 +77,8 @@ def test_more_logits_than_32_bits_can_count():
         compare([each[here] for each in found], exact(x[here], labels[here]), 1e-2)
 
 
-def test_more_weights_than_32_bits_can_count():
+@pytest.mark.parametrize("implementation", runnable(nf4.api.IMPLEMENTATIONS))
+def test_more_weights_than_32_bits_can_count(implementation: str):
     """A packed matrix: the bits of its first and last rows."""
     shape, few = (131_200, 16_384), 64
     assert shape[0] * shape[1] > 2**31
@@ -86,12 +90,15 @@ def test_more_weights_than_32_bits_can_count():
         jnp.float32(2),
     )
     groups = few * specs.absmax.shape[1] // layout.GROUP
-    w = jax.jit(lambda packed: nf4.dequantize(packed, shape=shape, dtype="bfloat16"))(packed)
+    dequantize = functools.partial(
+        nf4.dequantize, shape=shape, dtype="bfloat16", implementation=implementation
+    )
+    w = jax.jit(dequantize)(packed)
     for rows, scales in ((slice(few), slice(groups)), (slice(-few, None), slice(-groups, None))):
         part = packed._replace(
             codes=packed.codes[rows], absmax=packed.absmax[rows], nested_absmax=packed.nested_absmax[scales]
         )
-        exact = nf4.dequantize(part, shape=(few, shape[1]), dtype="bfloat16")
+        exact = nf4.dequantize(part, shape=(few, shape[1]), dtype="bfloat16", implementation="xla")
         np.testing.assert_array_equal(np.asarray(w[rows], np.float32), np.asarray(exact, np.float32))
 
 

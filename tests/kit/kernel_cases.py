@@ -22,7 +22,7 @@ from jaxtune.kernels.attention import api as attention_api
 from jaxtune.kernels.attention import attention
 from jaxtune.kernels.choice import runnable
 from jaxtune.kernels.linear_cross_entropy import api as cross_entropy_api
-from jaxtune.kernels.linear_cross_entropy import linear_cross_entropy
+from jaxtune.kernels.linear_cross_entropy import linear_cross_entropy, nll_and_entropy
 from jaxtune.kernels.nf4 import reference as nf4_reference
 from jaxtune.kernels.scaled import reference as scaled_reference
 from tests.kit.compare import assert_close, rms
@@ -145,8 +145,8 @@ def compare(ours: Any, exact: Any, tolerance: float) -> None:
 # ---- products with packed weights: y = x w^T and dx = dy w, row by row ----
 
 
-def value_and_pullback(multiply: Callable, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    y, pull = jax.vjp(multiply, x)
+def value_and_pullback(function: Callable, x: jax.Array, dy: Any) -> tuple[Any, jax.Array]:
+    y, pull = jax.vjp(function, x)
     return y, pull(dy)[0]
 
 
@@ -257,12 +257,32 @@ def cross_entropy_cases() -> Iterator[Case]:
     yield case("scaled, capped, tempered", (37, 16, 101), (1030, 3584, 256000), **form)
 
 
-def plain_nll(x, w, labels, scale=1.0, softcap=None, temperature=1.0):
+def plain_nll_and_entropy(x, w, labels, scale=1.0, softcap=None, temperature=1.0):
     logits = scale * (x @ w.astype(jnp.float32).T)
     logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
     logp = jax.nn.log_softmax(logits / temperature)
     nll = -jnp.take_along_axis(logp, jnp.maximum(labels, 0)[:, None], 1)[:, 0]
-    return jnp.where(labels == -100, 0.0, nll)
+    entropy = -(jnp.exp(logp) * logp).sum(axis=1)
+    return jnp.where(labels == -100, 0.0, nll), jnp.where(labels == -100, 0.0, entropy)
+
+
+def plain_nll(x, w, labels, **form):
+    return plain_nll_and_entropy(x, w, labels, **form)[0]
+
+
+def entropy_cases() -> Iterator[Case]:
+    """The nll and the entropy, and the gradient of both."""
+
+    def ours(x, dnll, w, labels, *, implementation):
+        both = lambda x: nll_and_entropy(x, w, labels, implementation=implementation)
+        return value_and_pullback(both, x, (dnll, 1 - dnll))
+
+    def exact(x, dnll, w, labels):
+        both = lambda x: plain_nll_and_entropy(x, w, labels)
+        return value_and_pullback(both, x.astype(jnp.float32), (dnll, 1 - dnll))
+
+    like = next(cross_entropy_cases())
+    yield dataclasses.replace(like, name="8B, with entropies", ours=ours, exact=exact)
 
 
 def head_cases() -> Iterator[Case]:
@@ -356,6 +376,6 @@ def plain_attention(q, k, v, segments, positions, scale, window=None, softcap=No
 
 
 CASES = [
-    *nf4_cases(), *scaled_cases(), *cross_entropy_cases(), *head_cases(), *attention_cases(),
+    *nf4_cases(), *scaled_cases(), *cross_entropy_cases(), *entropy_cases(), *head_cases(), *attention_cases(),
 ]  # fmt: skip
 SEPARATE = [case for case in CASES if case.separate]
