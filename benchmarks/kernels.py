@@ -401,7 +401,7 @@ def table_row(row: Mapping[str, Any]) -> str:
         f"{us / row['floor_us']:.2f}",
     ]
     cells += ["" if product is None else f"{us / product:.2f} ({product / us:.0%})"]
-    cells += ["" if row["temp_mb"] is None or row["calls"] > 1 else f"{row['temp_mb']:,.0f}"]
+    cells += ["" if row["temp_mb"] is None else f"{row['temp_mb']:,.0f}"]
     return f"| {' | '.join(cells)} |"
 
 
