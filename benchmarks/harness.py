@@ -7,11 +7,15 @@ slower side. Inputs rotate, so that no call finds the last call's operands in th
     rows = [{"size": n, **time_async(jax.jit(op), inputs(n)).as_row()} for n in sizes]
     record("my_op", rows)
 
+What is compared with something else is timed by turns (`time_by_turns`): a GPU at its power limit is slower than a cool
+one, so both have to meet the same clock.
+
 Results go to benchmarks/results/<name>.json, or to the folder that JAXTUNE_RESULTS names.
 """
 
 import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -29,6 +33,7 @@ from typing import Any
 import jax
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax", "numpy", "torch")
 
 
@@ -68,19 +73,41 @@ def time_async(
     if min(len(inputs_list), iters, warmup, repeats) < 1:
         raise ValueError("inputs_list, iters, warmup and repeats must each be at least 1")
 
-    def bulk(calls: int) -> float:
-        result = None
-        start = time.perf_counter()
-        for inputs in itertools.islice(itertools.cycle(inputs_list), calls):
-            result = fn(*inputs)
-        jax.block_until_ready(result)
-        return (time.perf_counter() - start) / calls
-
     jax.block_until_ready(inputs_list)
-    bulk(warmup)
-    seconds = [bulk(iters) for _ in range(repeats)]
+    _bulk(fn, inputs_list, warmup)
+    return _timing([_bulk(fn, inputs_list, iters) for _ in range(repeats)], iters)
+
+
+def time_by_turns(
+    functions: Mapping[str, Callable[[], Any]], *, seconds: float, repeats: int = 7
+) -> dict[str, Timing]:
+    """Times functions without arguments whose bulks take turns, so that all meet the same clock and heat. Each gets so
+    many `seconds` in all, as far as whole calls allow."""
+    iters = {}
+    for name, fn in functions.items():
+        _bulk(fn, [()], 1)
+        iters[name] = max(1, min(1000, round(seconds / repeats / _bulk(fn, [()], 2))))
+    rounds = [{name: _bulk(fn, [()], iters[name]) for name, fn in functions.items()} for _ in range(repeats)]
+    return {name: _timing([each[name] for each in rounds], iters[name]) for name in functions}
+
+
+def _bulk(fn: Callable[..., Any], inputs_list: Sequence[Sequence[Any]], calls: int) -> float:
+    """Seconds per call: all dispatched, then one wait."""
+    result = None
+    start = time.perf_counter()
+    for inputs in itertools.islice(itertools.cycle(inputs_list), calls):
+        result = fn(*inputs)
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / calls
+
+
+def _timing(seconds: Sequence[float], iters: int) -> Timing:
     return Timing(
-        median=statistics.median(seconds), min=min(seconds), max=max(seconds), iters=iters, repeats=repeats
+        median=statistics.median(seconds),
+        min=min(seconds),
+        max=max(seconds),
+        iters=iters,
+        repeats=len(seconds),
     )
 
 
@@ -99,9 +126,8 @@ def record(
         folder: Where to write instead of JAXTUNE_RESULTS or benchmarks/results.
         **extra: Further circumstances, written beside the others.
     """
-    target = Path(folder or os.environ.get("JAXTUNE_RESULTS") or ROOT / "benchmarks" / "results")
-    target.mkdir(parents=True, exist_ok=True)
-    path = target / f"{name}.json"
+    path = result_path(name, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"name": name, **circumstances(), **extra, "rows": list(rows)}, indent=1)
     partial = path.with_suffix(".partial")
     partial.write_text(text + "\n")
@@ -109,8 +135,13 @@ def record(
     return path
 
 
+def result_path(name: str, folder: str | os.PathLike[str] | None = None) -> Path:
+    """Where the result of this name lies, or would."""
+    return Path(folder or os.environ.get("JAXTUNE_RESULTS") or RESULTS) / f"{name}.json"
+
+
 def circumstances() -> dict[str, Any]:
-    """What a number depends on: device, driver, versions, source, command, and when."""
+    """What a number depends on: device, driver, versions, source, kernels, command, and when."""
     device = jax.devices()[0]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -122,14 +153,18 @@ def circumstances() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions(),
         **source(),
+        "kernels": kernels(),
     }
 
 
 def command() -> str:
     """The command line that can be repeated in any checkout: the script relative to it, without the interpreter."""
     script = Path(sys.argv[0]).resolve()
-    shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else Path(script.name)
-    return " ".join(["python", str(shown), *sys.argv[1:]])
+    if script.name == "__main__.py":
+        shown = f"-m {script.parent.name}"
+    else:
+        shown = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
+    return " ".join(["python", shown, *sys.argv[1:]])
 
 
 def driver() -> str | None:
@@ -158,6 +193,16 @@ def source() -> dict[str, Any]:
         return {"commit": os.environ.get("JAXTUNE_COMMIT"), "dirty": None}
     changes = output("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {"commit": commit, "dirty": bool(changes)}
+
+
+def kernels(root: Path = ROOT / "jaxtune" / "kernels") -> str:
+    """A hash of the sources of all kernels and of their tuned settings, names and contents: what a run on a GPU has
+    checked, and until which change."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".json")):
+        digest.update(f"{path.relative_to(root).as_posix()}\n{path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def output(*arguments: str) -> str | None:

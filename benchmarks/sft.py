@@ -7,7 +7,6 @@ tokens per second, peak memory, model FLOP/s utilisation, time to the first step
 """
 
 import argparse
-import dataclasses
 import functools
 import statistics
 import time
@@ -17,39 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.harness import record
+from benchmarks.shapes import SHAPES
 from jaxtune import FastLanguageModel, LanguageModel, SFTConfig, SFTTrainer
 from jaxtune.compilation import enable_cache
 from jaxtune.loading.load import load_params
 from jaxtune.models import names
 from jaxtune.models.causal_lm import CausalLM
-from jaxtune.models.config import LayerKind, ModelConfig, RopeConfig
+from jaxtune.models.config import ModelConfig
 from jaxtune.quant import Unpacked
 
-LLAMA3_ROPE = RopeConfig(
-    kind="llama3",
-    theta=5e5,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position=8192,
-)
-SHAPES = {
-    "llama-3.1-8b": ModelConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_heads=32, num_kv_heads=8, head_dim=128,
-        rms_norm_eps=1e-5, tie_word_embeddings=False, layers=(LayerKind(),) * 32, ropes=(LLAMA3_ROPE,),
-        max_position=131072,
-    ),
-    "llama-3.2-1b": ModelConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_heads=32, num_kv_heads=8, head_dim=64,
-        rms_norm_eps=1e-5, tie_word_embeddings=True, layers=(LayerKind(),) * 16,
-        ropes=(dataclasses.replace(LLAMA3_ROPE, factor=32.0),), max_position=131072,
-    ),
-    "tiny": ModelConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=256, num_heads=4, num_kv_heads=2, head_dim=32,
-        rms_norm_eps=1e-5, tie_word_embeddings=False, layers=(LayerKind(),) * 2, ropes=(LLAMA3_ROPE,),
-        max_position=131072,
-    ),
-}  # fmt: skip
 SUSTAINED_FLOPS = 683e12
 """bf16 products of an H200 over 20 s, measured; what MFU is relative to."""
 

@@ -5,6 +5,7 @@ On a GPU: `JAX_PLATFORMS=cuda pytest -m gpu`.
 
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 
@@ -15,6 +16,9 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
     )
+os.environ.setdefault(
+    "JAXTUNE_TEST_SEED", str(secrets.randbelow(2**31))
+)  # of inputs that are new in every run
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -29,15 +33,23 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import pytest
 
-from tests.kit import published
+from tests.kit import gpu_runs, published
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")  # bfloat16 does not become float32 by accident
 jax.config.update("jax_numpy_rank_promotion", "raise")  # nor does [T] meet [B, T] unnoticed
 jax.config.update("jax_default_matmul_precision", "highest")  # comparisons see algorithms, not TF32
 
 
-def pytest_report_header() -> str:
-    return published.said()
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    seed = [f"seed: {gpu_runs.SEED} (JAXTUNE_TEST_SEED)"] if config.option.markexpr == "gpu" else []
+    return [published.said(), *seed]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    written = gpu_runs.record(terminalreporter.stats)
+    line = f"wrote {written}" if written else gpu_runs.staleness()
+    if line:
+        terminalreporter.write_line(line)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

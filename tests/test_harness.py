@@ -59,7 +59,7 @@ def test_record_says_what_the_numbers_depend_on(tmp_path: Path):
     assert result["platform"] == jax.default_backend()
     assert result["device_count"] == jax.device_count()
     assert result["versions"]["jax"] == jax.__version__
-    assert {"date", "command", "device", "driver", "python", "commit", "dirty"} <= result.keys()
+    assert {"date", "command", "device", "driver", "python", "commit", "dirty", "kernels"} <= result.keys()
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -79,3 +79,35 @@ def test_commit_without_git_is_unknown(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", "")
     assert harness.source() == {"commit": None, "dirty": None}
     assert harness.driver() is None
+
+
+def test_what_is_timed_by_turns_takes_turns():
+    seen = []
+    functions = {name: lambda name=name: (seen.append(name), time.sleep(0.001)) for name in "ab"}
+    timings = harness.time_by_turns(functions, seconds=0.01, repeats=3)
+    bulks = [name for name, before in zip(seen, [None, *seen], strict=False) if name != before]
+    assert bulks == ["a", "b"] * 4
+    assert all(0.001 <= timing.median < 0.1 and timing.repeats == 3 for timing in timings.values())
+
+
+def test_the_hash_follows_names_and_contents_of_kernels(tmp_path: Path):
+    def after(name: str, text: str) -> str:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        return harness.kernels(tmp_path)
+
+    hashes = [
+        after("op/api.py", "1"),
+        after("op/api.py", "2"),
+        after("op/tiles.json", "{}"),
+        after("op/b.py", ""),
+    ]
+    assert len(set(hashes)) == 4
+    assert after("op/notes.md", "not a source") == hashes[-1]
+    (tmp_path / "op/b.py").rename(tmp_path / "op/c.py")
+    assert harness.kernels(tmp_path) not in hashes
+
+
+def test_a_module_is_run_by_its_name(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/pytest/__main__.py", "-m", "gpu"])
+    assert harness.command() == "python -m pytest -m gpu"

@@ -9,10 +9,15 @@ Why = Callable[[], str | None] | None
 Candidates = Mapping[str, Why]
 
 
+def runnable(candidates: Candidates) -> list[str]:
+    """Those that can run on this machine, in order of preference."""
+    return [name for name, why_not in candidates.items() if why_not is None or why_not() is None]
+
+
 def choose(op: str, requested: str | None, candidates: Candidates) -> str:
     """`candidates` in order of preference; the last one (XLA) must be able to run anywhere."""
     if requested is None:
-        return next(name for name, why_not in candidates.items() if why_not is None or why_not() is None)
+        return runnable(candidates)[0]
     if requested not in candidates:
         raise ValueError(f"{op} has no implementation {requested!r}; it has {', '.join(candidates)}")
     why_not = candidates[requested]

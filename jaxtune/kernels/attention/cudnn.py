@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxtune.kernels.gpu import capability
+
 cudnn: Any
 try:
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
@@ -30,12 +32,6 @@ class _Packing(NamedTuple):
     """Of each segment, -1 where there is none; the row's padding is a segment too, so that its output is defined."""
     starts: jax.Array
     """[B, N + 1]: of each segment, -1 where there is none."""
-
-
-def capability() -> float:
-    """The compute capability of the GPU that is computed on; 0 without one."""
-    device = jax.config.jax_default_device or jax.local_devices()[0]
-    return float(getattr(device, "compute_capability", 0)) if device.platform == "gpu" else 0.0
 
 
 def why_not_here() -> str | None:

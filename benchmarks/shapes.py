@@ -1,0 +1,36 @@
+"""The published shapes that benchmarks run in, and a tiny one that checks their scripts on a CPU."""
+
+import dataclasses
+
+from jaxtune.models.config import LayerKind, ModelConfig, RopeConfig
+
+LLAMA3_ROPE = RopeConfig(
+    kind="llama3",
+    theta=5e5,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position=8192,
+)
+SHAPES = {
+    "llama-3.1-8b": ModelConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_heads=32, num_kv_heads=8, head_dim=128,
+        rms_norm_eps=1e-5, tie_word_embeddings=False, layers=(LayerKind(),) * 32, ropes=(LLAMA3_ROPE,),
+        max_position=131072,
+    ),
+    "llama-3.1-70b": ModelConfig(
+        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_heads=64, num_kv_heads=8, head_dim=128,
+        rms_norm_eps=1e-5, tie_word_embeddings=False, layers=(LayerKind(),) * 80, ropes=(LLAMA3_ROPE,),
+        max_position=131072,
+    ),
+    "llama-3.2-1b": ModelConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_heads=32, num_kv_heads=8, head_dim=64,
+        rms_norm_eps=1e-5, tie_word_embeddings=True, layers=(LayerKind(),) * 16,
+        ropes=(dataclasses.replace(LLAMA3_ROPE, factor=32.0),), max_position=131072,
+    ),
+    "tiny": ModelConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=256, num_heads=4, num_kv_heads=2, head_dim=32,
+        rms_norm_eps=1e-5, tie_word_embeddings=False, layers=(LayerKind(),) * 2, ropes=(LLAMA3_ROPE,),
+        max_position=131072,
+    ),
+}  # fmt: skip

@@ -1,0 +1,16 @@
+"""What the machine's GPU can do; asked before anything of Pallas is imported."""
+
+import jax
+
+
+def capability() -> float:
+    """The compute capability of the GPU that is computed on; 0 without one."""
+    device = jax.config.jax_default_device or jax.local_devices()[0]
+    return float(getattr(device, "compute_capability", 0)) if device.platform == "gpu" else 0.0
+
+
+def why_not_mosaic() -> str | None:
+    """What keeps kernels in Pallas' Mosaic GPU from running on this machine, if anything does."""
+    if capability() < 9.0:
+        return "it needs an NVIDIA GPU of compute capability 9.0"
+    return None if jax.device_count() == 1 else "among several devices, arrays may be cut into shards"
