@@ -1,12 +1,12 @@
 """Whether a model fits the device, asked before loading: a GPU that is too small should say so at once."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from jaxtune import quant
+from jaxtune.device_memory import gb, of_device
 from jaxtune.errors import DeviceMemoryError
 from jaxtune.loading.plan import Leaf, is_quantized, nbytes
 from jaxtune.quant import Format, FourBit, Int8, PackedArray, Unpacked
@@ -22,19 +22,18 @@ _CANDIDATES: tuple[tuple[str, Format], ...] = (
 
 def require_room(leaves: Sequence[Leaf], device: Any, *, in_flight: int) -> None:
     """Raises `DeviceMemoryError` if the device says how much it has free, and that is less than loading takes."""
-    stats = device.memory_stats() if hasattr(device, "memory_stats") else None
-    if not stats or "bytes_limit" not in stats:
+    memory = of_device(device)
+    if memory is None:
         return
-    free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
     overhead = int(WORKSPACE * in_flight)
     needed = sum(nbytes(leaf.target) for leaf in leaves) + overhead
-    if needed <= free:
+    if needed <= memory.free:
         return
     sizes = {option: _size(leaves, format) + overhead for option, format in _CANDIDATES}
-    fitting = [f"{option} ({_gb(size)})" for option, size in sizes.items() if size <= free]
+    fitting = [f"{option} ({gb(size)})" for option, size in sizes.items() if size <= memory.free]
     raise DeviceMemoryError(
-        f"The model's weights need {_gb(needed)}, and {device.device_kind} has {_gb(free)} free "
-        f"of {_gb(stats['bytes_limit'])}.",
+        f"The model's weights need {gb(needed)}, and {device.device_kind} has {gb(memory.free)} free "
+        f"of {gb(memory.limit)}.",
         expected="room for the weights, and beyond them for training: an adapter, its optimizer, activations.",
         fix=f"What fits: {' or '.join(fitting)}."
         if fitting
@@ -51,7 +50,3 @@ def _size(leaves: Sequence[Leaf], format: Format) -> int:
         whole = jax.ShapeDtypeStruct(shape, dtype)
         total += nbytes(quant.abstract(shape, dtype, format) if is_quantized(leaf.path, shape) else whole)
     return total
-
-
-def _gb(size: int) -> str:
-    return f"{math.ceil(size / 1e8) / 10:.1f} GB"

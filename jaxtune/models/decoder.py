@@ -79,9 +79,7 @@ def _stack(c: ModelConfig, repeats: int, kind: LayerKind) -> Block:
     return jax.vmap(lambda _: Block(c, kind))(jnp.arange(repeats))
 
 
-def _train(
-    blocks: list[Block], adapters: list, x_BTM: jax.Array, where: Where, remat: Remat
-) -> jax.Array:
+def _train(blocks: list[Block], adapters: list, x_BTM: jax.Array, where: Where, remat: Remat) -> jax.Array:
     """One segment without a cache: the super-block (its p positions, one after the other) over its repeats."""
 
     def one(module, x_BTM, where, lora):
@@ -107,7 +105,7 @@ def _generate(
         out = []
         for p, (module, lora) in enumerate(zip(modules, loras, strict=True)):
             with jax.named_scope(f"block_{p}"):
-                x, mine = module(x, where, lora, LayerCache(*stacks[p], repeat))
+                x, mine = module(x, where, lora, LayerCache(stacks[p][0], stacks[p][1], repeat))
                 out.append((mine.keys, mine.values))
         return (x, out), None
 

@@ -29,6 +29,8 @@ class Remat(NamedTuple):
     while the one after it goes backward."""
     mlp_tokens: int | None = None
     """The MLP is computed for so many tokens at a time, and keeps nothing."""
+    head_tokens: int | None = None
+    """Logits exist for so many labelled tokens at a time; None is as many as 512 MiB hold."""
 
 
 def checkpointed(block: Callable, remat: Remat) -> Callable:
@@ -77,18 +79,29 @@ _both_at_once.defvjp(
 )
 
 
+# What follows is a scan whose gradient is written by hand: XLA overlaps a transfer with computing only if it is a copy
+# of its own (not a kernel that reads the host's memory), begun long before its result is needed. So
+# - a slice of a stack on the host is taken at a place linear in the loop's counter, and never below its start: such
+#   slices become copies, others kernels;
+# - slices of what lies on the device are taken where XLA cannot tell (`_downward`): they would become copies too, and
+#   queue behind the large ones;
+# - the backward loop turns once for two layers: while one uses what it fetched, the other's is on its way, each in
+#   memory of its own;
+# - the last layer's values never leave.
+
+
 def _through_host(block: Block, x: jax.Array, layers: Any, shared: Any) -> jax.Array:
-    layers, layer_structure = jax.tree.flatten(layers)
-    shared, shared_structure = jax.tree.flatten(shared)
+    layers, of_layer = jax.tree.flatten(layers)
+    shared, of_shared = jax.tree.flatten(shared)
 
-    def flat(x, layer, shared):
-        return block(x, layer_structure.unflatten(layer), shared_structure.unflatten(shared))
+    def of_leaves(x, layer, shared):
+        return block(x, jax.tree.unflatten(of_layer, layer), jax.tree.unflatten(of_shared, shared))
 
-    return _hosted(flat, x, layers, shared)
+    return _hosted(of_leaves, x, layers, shared)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _hosted(block, x, layers, shared):
+def _hosted(block: Callable, x: jax.Array, layers: list[jax.Array], shared: list[jax.Array]) -> jax.Array:
     return lax.scan(lambda x, layer: (block(x, layer, shared), None), x, layers)[0]
 
 
@@ -99,7 +112,9 @@ def _hosted_forward(block, x, layers, shared):
 
     def one(x, layer):
         # What the backward pass has anyhow, a layer need not keep.
-        return jax.vjp(block, x, layer, shared, saveable_args=(True, False, False), in_nzs=(True, trains, False))
+        return jax.vjp(
+            block, x, layer, shared, saveable_args=(True, False, False), in_nzs=(True, trains, False)
+        )
 
     def step(carry, i):
         x, _ = carry
@@ -107,51 +122,51 @@ def _hosted_forward(block, x, layers, shared):
         kept = jax.tree.leaves(pullback)
         return (x, kept), jax.device_put(kept, jax.memory.Space.Host)
 
-    kept, structure = jax.tree.flatten(jax.eval_shape(one, x, [leaf[0] for leaf in layers])[1])
-    nothing = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in kept]
-    # Reversed, so that the backward pass reads from the start on.
+    like, structure = jax.tree.flatten(jax.eval_shape(one, x, [leaf[0] for leaf in layers])[1])
+    nothing = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in like]
+    # In reverse, so that the backward pass reads upward.
     (x, last), on_host = lax.scan(step, (x, nothing), _downward(len(layers[0])), reverse=True)
-    return x, (structure.unflatten(last), on_host, layers, shared, trained)
+    return x, (jax.tree.unflatten(structure, last), on_host, layers, shared, trained)
 
 
 def _hosted_backward(block, kept, dx):
     last, on_host, layers, shared, trained = kept
     last, structure = jax.tree.flatten(last)
     repeats = len(layers[0])
-
     order = _downward(repeats)
 
     def one(carry):
-        # Slices at a place that is linear in the loop's counter, and in bounds, are copies, which take no time from
-        # computing. Others are kernels.
         done, dx, here, gradients = carry
-        before = jax.device_put(_at(done + 1, on_host), jax.memory.Space.Device)  # at last, nothing waits for it
+        next_one = jax.device_put(_at(done + 1, on_host), jax.memory.Space.Device)  # beyond the end: unused
         i = order[done]
-        pullback = structure.unflatten(here)
+        pullback = jax.tree.unflatten(structure, here)
         pullback.args_res = [pullback.args_res[0], _at(i, layers), shared]
-        dx, dlayer, _ = pullback(dx)
-        dlayer = [d for d, own in zip(dlayer, trained, strict=True) if own is not None]
+        # Together: what this layer holds is free before the layer below begins.
+        dx, dlayer, _ = lax.optimization_barrier(pullback(dx))
+        parts = [d for d, own in zip(dlayer, trained, strict=True) if own is not None]
         gradients = [
-            lax.dynamic_update_index_in_dim(stack, d, i, 0) for stack, d in zip(gradients, dlayer, strict=True)
+            lax.dynamic_update_index_in_dim(stack, d, i, 0) for stack, d in zip(gradients, parts, strict=True)
         ]
-        return done + 1, dx, before, gradients
+        return done + 1, dx, next_one, gradients
 
-    zeros = [jnp.zeros_like(own) for own in trained if own is not None]
-    start = (jnp.int32(0), dx, last, zeros)
-    _, dx, _, gradients = lax.while_loop(lambda carry: carry[0] < repeats, one, start)
-    gradients = iter(gradients)
+    carry = (jnp.int32(0), dx, last, [jnp.zeros_like(own) for own in trained if own is not None])
+    if repeats % 2:
+        carry = one(carry)
+    _, dx, _, stacks = lax.while_loop(lambda carry: carry[0] < repeats, lambda carry: one(one(carry)), carry)
+    gradients = iter(stacks)
     return dx, [None if own is None else next(gradients) for own in trained], None
 
 
-def _at(i, stacks):
+def _at(i: jax.Array, stacks: list[jax.Array]) -> list[jax.Array]:
     return [lax.dynamic_index_in_dim(stack, i, keepdims=False) for stack in stacks]
 
 
-def _downward(repeats):
+def _downward(repeats: int) -> jax.Array:
+    """repeats - 1 ... 0, of which XLA does not know that."""
     return lax.optimization_barrier(jnp.arange(repeats)[::-1])
 
 
-def _is_primal(leaf):
+def _is_primal(leaf: Any) -> bool:
     return isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
 
 

@@ -246,7 +246,6 @@ class Block(nnx.Module):
         attended, cache = self.self_attn(before_attention(x_BTM), where, part(lora, "self_attn"), cache)
         x_BTM = checkpoint_name(x_BTM + self._scaled(after_attention(attended)), "mid")
 
-
         def feed_forward(mlp, x_TM, lora):
             return x_TM + self._scaled(after_mlp(mlp(before_mlp(x_TM), lora)))
 

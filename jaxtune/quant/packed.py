@@ -136,7 +136,9 @@ def dequantize(w: "PackedArray | jax.Array", dtype: Any = None) -> jax.Array:
 def dequantized[Tree](tree: Tree, dtype: Any) -> Tree:
     """The tree with its packed arrays as numbers."""
     is_packed = lambda leaf: isinstance(leaf, PackedArray)
-    return jax.tree.map(lambda leaf: leaf.dequantize(dtype) if is_packed(leaf) else leaf, tree, is_leaf=is_packed)
+    return jax.tree.map(
+        lambda leaf: leaf.dequantize(dtype) if is_packed(leaf) else leaf, tree, is_leaf=is_packed
+    )
 
 
 def bytes_per_weight(w: PackedArray) -> float:

@@ -20,6 +20,7 @@ from jaxtune.inference.generate import ends
 from jaxtune.log import get_logger
 from jaxtune.lora.config import PISSA
 from jaxtune.models.causal_lm import Params
+from jaxtune.models.layer_loop import Remat
 from jaxtune.options import mirrors
 from jaxtune.rl import completions
 from jaxtune.rl.config import GRPOConfig
@@ -115,10 +116,14 @@ class GRPOTrainer(Trainer):
 
     def train(self) -> TrainOutput:
         self._said.clear()
-        function = log_probs_and_entropy(
-            self.model.causal_lm, self.args.temperature, self._remat(), entropy_gradient=False
-        )
-        return self._train(loss_of(self.args, function), self.batches, self._total_steps)
+
+        def loss_at(remat: Remat) -> WatchedLoss:
+            function = log_probs_and_entropy(
+                self.model.causal_lm, self.args.temperature, remat, entropy_gradient=False
+            )
+            return loss_of(self.args, function)
+
+        return self._train(loss_at, self.batches, self._total_steps)
 
     def batches(self, newest: Newest) -> Iterator[tuple[MicroBatch, Facts]]:
         """Endless batches, `num_iterations` times each, from rollouts of what `newest()` returns at that moment, and

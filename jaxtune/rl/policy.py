@@ -20,11 +20,9 @@ LogProbsAndEntropy = Callable[[Lora | None, Params, MicroBatch], tuple[jax.Array
 """The same, and the entropy of what each of these tokens was drawn from."""
 
 
-def log_probs(
-    model: CausalLM, temperature: float = 1.0, remat: Remat | None = None, head_chunk: int | None = None
-) -> LogProbs:
+def log_probs(model: CausalLM, temperature: float = 1.0, remat: Remat | None = None) -> LogProbs:
     """By the function that SFT's loss is the sum of."""
-    nll = label_nll(model, remat, temperature, head_chunk)
+    nll = label_nll(model, remat, temperature)
     return lambda lora, params, batch: -nll(lora, params, batch).reshape(batch["labels"].shape)
 
 
@@ -32,12 +30,11 @@ def log_probs_and_entropy(
     model: CausalLM,
     temperature: float = 1.0,
     remat: Remat | None = None,
-    head_chunk: int | None = None,
     *,
     entropy_gradient: bool = True,
 ) -> LogProbsAndEntropy:
     """Without `entropy_gradient` the entropy is there to be watched, and costs no product."""
-    both = label_nll_and_entropy(model, remat, temperature, head_chunk, entropy_gradient=entropy_gradient)
+    both = label_nll_and_entropy(model, remat, temperature, entropy_gradient=entropy_gradient)
 
     def function(lora: Lora | None, params: Params, batch: MicroBatch) -> tuple[jax.Array, jax.Array]:
         nll, entropy = both(lora, params, batch)

@@ -28,28 +28,27 @@ WatchedLoss = Callable[[Tree | None, Tree, MicroBatch], tuple[jax.Array, Sums]]
 
 
 def label_nll(
-    model: CausalLM, remat: Remat | None = None, temperature: float = 1.0, head_chunk: int | None = None
+    model: CausalLM, remat: Remat | None = None, temperature: float = 1.0
 ) -> Callable[[Lora | None, Params, MicroBatch], jax.Array]:
     """-log p(label) of every token of a micro-batch, float32 [R * L], 0 where there is no label, as a function of
-    (lora, params, batch). Logits exist for `head_chunk` labelled tokens at a time (None: as many as 512 MiB hold)."""
-    return _of_labels(linear_cross_entropy, model, remat, temperature, head_chunk)
+    (lora, params, batch). Logits exist for some labelled tokens at a time (see `Remat.head_tokens`)."""
+    return _of_labels(linear_cross_entropy, model, remat, temperature)
 
 
 def label_nll_and_entropy(
     model: CausalLM,
     remat: Remat | None = None,
     temperature: float = 1.0,
-    head_chunk: int | None = None,
     *,
     entropy_gradient: bool = True,
 ) -> Callable[[Lora | None, Params, MicroBatch], tuple[jax.Array, jax.Array]]:
     """The same, and the entropy of what a label is drawn from, in nats; without a gradient it costs no product."""
     op = functools.partial(nll_and_entropy, entropy_gradient=entropy_gradient)
-    return _of_labels(op, model, remat, temperature, head_chunk)
+    return _of_labels(op, model, remat, temperature)
 
 
 def _of_labels(
-    op: Callable, model: CausalLM, remat: Remat | None, temperature: float, head_chunk: int | None
+    op: Callable, model: CausalLM, remat: Remat | None, temperature: float
 ) -> Callable[[Lora | None, Params, MicroBatch], Any]:
     def of_batch(lora: Lora | None, params: Params, batch: MicroBatch) -> Any:
         hidden_RLM, _ = model.hidden(
@@ -70,15 +69,15 @@ def _of_labels(
             scale=model.config.logit_scale,
             softcap=model.config.logit_softcap,
             temperature=temperature,
-            chunk=head_chunk,
+            chunk=remat.head_tokens if remat else None,
         )
 
     return of_batch
 
 
-def next_token_loss(model: CausalLM, remat: Remat | None = None, head_chunk: int | None = None) -> Loss:
+def next_token_loss(model: CausalLM, remat: Remat | None = None) -> Loss:
     """The sum of -log p(label) over the tokens that have a label, as a function of (lora, params, batch)."""
-    nll = label_nll(model, remat, head_chunk=head_chunk)
+    nll = label_nll(model, remat)
     return lambda lora, params, batch: nll(lora, params, batch).sum()
 
 

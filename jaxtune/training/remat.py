@@ -13,30 +13,33 @@ _policies = jax.checkpoint_policies
 
 _ATTENTION = ("attention", "attention_statistics")
 
-MLP_TOKENS = 4096
+_SMALL = Remat(None, on_host=True, mlp_tokens=2048, head_tokens=512)
+"""What is alive of the layers, of an MLP and of the head, where memory is what counts."""
 
 LEVELS: dict[str, Remat] = {
     "none": Remat(None, unrolled=True),
     "mlp": Remat(_policies.save_only_these_names("qkv", *_ATTENTION, "mid", "gate_up"), unrolled=True),
     "attention": Remat(_policies.save_only_these_names("qkv", *_ATTENTION, "mid")),
     "block": Remat(_policies.nothing_saveable),
-    "offload_attention": Remat(
-        _policies.save_only_these_names("qkv", *_ATTENTION), on_host=True, mlp_tokens=MLP_TOKENS
-    ),
-    "offload": Remat(_policies.nothing_saveable, on_host=True, mlp_tokens=MLP_TOKENS),
+    "offload_attention": _SMALL._replace(policy=_policies.save_only_these_names("qkv", *_ATTENTION)),
+    "offload": _SMALL._replace(policy=_policies.nothing_saveable),
 }
 """From fastest and largest to smallest: keep all; keep what enters the elementwise MLP; keep attention's; keep the
 blocks' inputs alone; keep those in the host's pinned memory. Where the most is kept, copying it in and out of stacks
 costs more than compiling every layer."""
 
-_ALIASES: dict[bool | str, str] = {True: "block", False: "none", "unsloth": "block"}
+AUTO = "auto"
+FASTEST_FIRST = ("mlp", "attention", "offload_attention", "offload")
+"""What `AUTO` chooses from: every other level is slower than one that needs less memory."""
+
+_ALIASES: dict[bool | str, str] = {True: "block", False: "none", "unsloth": AUTO}
 
 
 def level(use_gradient_checkpointing: bool | str) -> str:
     """`use_gradient_checkpointing` as Unsloth has it (True, False, "unsloth"), or one of our names -> our name."""
     name = _ALIASES.get(use_gradient_checkpointing, use_gradient_checkpointing)
-    if name not in LEVELS:
-        known = [str(known) for known in (*LEVELS, "unsloth", True, False)]
+    if name != AUTO and name not in LEVELS:
+        known = [str(known) for known in (AUTO, *LEVELS, "unsloth", True, False)]
         raise OptionError(
             f"use_gradient_checkpointing={use_gradient_checkpointing!r}.",
             expected=f"one of {', '.join(known)}.",
@@ -48,3 +51,17 @@ def level(use_gradient_checkpointing: bool | str) -> str:
 def remat(name: str) -> Remat:
     """What `CausalLM.hidden` takes."""
     return LEVELS[name]
+
+
+def candidates(name: str, *, memory_is_known: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """For a level or `AUTO`: (the levels that may be taken, the first one that fits; those to propose if none does)."""
+    if name != AUTO:
+        after = list(LEVELS).index(name) + 1
+        return (name,), tuple(smaller for smaller in list(LEVELS)[after:] if smaller in FASTEST_FIRST)
+    return (FASTEST_FIRST if memory_is_known else ("block",)), ()
+
+
+def compiler_options(remat: Remat) -> dict[str, bool]:
+    """Where the MLP is computed in pieces, cuBLAS' products are faster than Triton's, which XLA picks one by one; and
+    they need less memory."""
+    return {} if remat.mlp_tokens is None else {"xla_gpu_enable_triton_gemm": False}

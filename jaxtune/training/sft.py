@@ -60,8 +60,8 @@ class SFTTrainer(Trainer):
     def train(self) -> TrainOutput:
         stream = self.batches()
         with_facts = ((batch, _facts(info)) for batch, info in stream)
-        loss = unwatched(next_token_loss(self.model.causal_lm, self._remat()))
-        return self._train(loss, lambda newest: with_facts, self.args.total_steps(stream.steps_per_epoch))
+        loss_at = lambda remat: unwatched(next_token_loss(self.model.causal_lm, remat))
+        return self._train(loss_at, lambda newest: with_facts, self.args.total_steps(stream.steps_per_epoch))
 
     def batches(self) -> BatchStream:
         """The batches of a run, from its beginning: deterministic in the seed."""

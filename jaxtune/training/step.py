@@ -31,6 +31,8 @@ class TrainState(NamedTuple):
 
 
 Step = Callable[[TrainState, Tree, MicroBatch], tuple[TrainState, Metrics]]
+CompiledLater = Any
+"""A `Step` that also has jit's `lower`."""
 
 
 def init_state(
@@ -69,11 +71,12 @@ def make_step(
     max_grad_norm: float | None,
     dropout_seed: int | None = None,
     rounding_seed: int = 0,
-) -> Step:
+    compiler_options: dict[str, Any] | None = None,
+) -> CompiledLater:
     """`max_grad_norm=None` does not clip; with a `dropout_seed`, what is dropped follows from it, the step's number and
     the micro-batch's. `rounding_seed` decides how what is kept in bfloat16 is rounded. The state is donated."""
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options)
     def step(state: TrainState, frozen: Tree, batch: MicroBatch) -> tuple[TrainState, Metrics]:
         keys = {} if dropout_seed is None else {"dropout_key": dropout_keys(dropout_seed, state.step, batch)}
         value, grads, watched = value_and_grad(loss, state.trained, frozen, {**batch, **keys})

@@ -18,12 +18,13 @@ from jaxtune.log import show
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.models.layer_loop import Remat
 from jaxtune.training.config import TrainingConfig
+from jaxtune.training.fitting import FittingStep
 from jaxtune.training.loop import Record, run
 from jaxtune.training.losses import WatchedLoss, of_all_weights
 from jaxtune.training.metrics import RunLog, average
 from jaxtune.training.optimizers import OPTIMIZERS, Schedule, adamw, schedule
-from jaxtune.training.remat import level, remat
-from jaxtune.training.step import TrainState, init_state, make_step
+from jaxtune.training.remat import compiler_options, level, remat
+from jaxtune.training.step import CompiledLater, TrainState, init_state, make_step
 
 
 class Trainable(Protocol):
@@ -103,19 +104,31 @@ class Trainer:
         require_rows(self.processing_class, model.causal_lm.config.vocab_size)
         self.log_history: list[Record] = []
 
-    def _remat(self) -> Remat:
-        asked = self.args.gradient_checkpointing
-        return remat(level(self.model.gradient_checkpointing if asked is None else asked))
-
-    def _train(self, loss: WatchedLoss, batches: Batches, total_steps: int) -> TrainOutput:
+    def _train(
+        self, loss_at: Callable[[Remat], WatchedLoss], batches: Batches, total_steps: int
+    ) -> TrainOutput:
         model, args = self.model, self.args
         optimizer, rate = optimizer_of(args, total_steps)
         config = model.causal_lm.lora_config
         dropout_seed = args.seed if config is not None and config.lora_dropout else None
         trains_all = model.lora is None
         trained, frozen = (model.params, {}) if model.lora is None else (model.lora, model.params)
-        loss = of_all_weights(loss) if trains_all else loss
-        step = make_step(loss, optimizer, rate, args.max_grad_norm or None, dropout_seed, args.seed)
+
+        def loss_of(how: Remat) -> WatchedLoss:
+            return of_all_weights(loss_at(how)) if trains_all else loss_at(how)
+
+        def step_at(name: str) -> CompiledLater:
+            return make_step(
+                loss_of(remat(name)), optimizer, rate, args.max_grad_norm or None, dropout_seed, args.seed,
+                compiler_options(remat(name)),
+            )  # fmt: skip
+
+        asked = level(
+            model.gradient_checkpointing
+            if args.gradient_checkpointing is None
+            else args.gradient_checkpointing
+        )
+        step = FittingStep(step_at, loss_of, asked)
         # There is one copy of the weights: while they are trained, the model's are the newest.
         state = init_state(trained, optimizer, consume=trains_all)
         self.log_history = []

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtune.models.layer_loop import Remat
 from jaxtune.training.losses import label_nll, label_nll_and_entropy, next_token_loss
 from tests.kit import tiny
 from tests.kit.compare import assert_close, assert_trees_close
@@ -35,9 +36,9 @@ def test_losses_and_entropies_are_those_of_the_models_logits(case, temperature):
 
 
 @pytest.mark.parametrize("of", [next_token_loss, label_nll, label_nll_and_entropy])
-def test_head_chunk_is_how_many_tokens_have_logits_at_a_time(case, of):
+def test_head_tokens_is_how_many_have_logits_at_a_time(case, of):
     model, args = case
-    whole, cut = (of(model, head_chunk=chunk) for chunk in (None, 8))
+    whole, cut = (of(model, Remat(None, head_tokens=tokens)) for tokens in (None, 8))
     vocab = model.config.vocab_size
     assert f"f32[8,{vocab}]" in str(jax.make_jaxpr(cut)(*args))
     assert f"f32[8,{vocab}]" not in str(jax.make_jaxpr(whole)(*args))

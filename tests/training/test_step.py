@@ -201,7 +201,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(case):
 
 
 def test_level_names():
-    assert level(True) == level("unsloth") == "block"
+    assert level(True) == "block"
     assert level(False) == "none"
+    assert level("unsloth") == level("auto") == "auto"
     with pytest.raises(OptionError, match="'attention'"):
         level("atention")

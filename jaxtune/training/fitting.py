@@ -1,0 +1,181 @@
+"""A step that runs at the first of some levels of remat whose program fits the device.
+
+Programs say themselves what they need (XLA's `memory_analysis()`), and the device what it has free; nothing is guessed.
+What a level keeps for the backward pass is known before it is compiled, so that one that cannot fit never is.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxtune import device_memory
+from jaxtune.device_memory import gb
+from jaxtune.errors import DeviceMemoryError
+from jaxtune.log import get_logger
+from jaxtune.models.layer_loop import Remat
+from jaxtune.training.losses import MicroBatch, Tree, WatchedLoss
+from jaxtune.training.remat import candidates, remat
+from jaxtune.training.step import CompiledLater, Metrics, TrainState
+
+log = get_logger(__name__)
+
+SLACK = 0.02
+"""Of the device's memory: what may be lost between allocations."""
+
+
+class Size(NamedTuple):
+    """Bytes."""
+
+    device: int
+    host: int = 0
+    """Pinned, so that the device can read and write it."""
+
+    def fits(self, room: "Size") -> bool:
+        return self.device <= room.device and self.host <= room.host
+
+
+def first_fitting(
+    levels: Sequence[str],
+    room: Size,
+    kept: Callable[[str], int],
+    needed: Callable[[str], Size],
+) -> str | None:
+    """The first level that fits, or None. `kept` of a level is a part of what is `needed` on the device, and quick to
+    find out; `needed` compiles."""
+    for level in levels:
+        if kept(level) <= room.device and needed(level).fits(room):
+            return level
+    return None
+
+
+def free_room() -> Size | None:
+    """What the device and its host have free; None if the device does not say."""
+    memory = device_memory.of_device(device_memory.default_device())
+    return memory and Size(int(memory.free - SLACK * memory.limit), device_memory.free_of_host())
+
+
+def needed_by(program: jax.stages.Compiled) -> Size:
+    """Beside its arguments."""
+    of: Any = program.memory_analysis()
+    return Size(
+        of.temp_size_in_bytes + of.output_size_in_bytes - of.alias_size_in_bytes, of.host_temp_size_in_bytes
+    )
+
+
+def kept_by(loss: WatchedLoss, trained: Tree, frozen: Tree, batch: MicroBatch) -> int:
+    """Bytes that the forward pass of one micro-batch hands to the backward pass, beside the loss' arguments."""
+
+    def pullback(trained, frozen, micro):
+        return jax.vjp(
+            lambda *args: loss(*args)[0],
+            trained, frozen, micro,
+            saveable_args=(False, False, False),
+            in_nzs=(True, False, False),
+        )[1]  # fmt: skip
+
+    micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+    leaves = jax.tree.leaves(jax.eval_shape(pullback, trained, frozen, micro))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+class FittingStep:
+    """A `Step` that is compiled for every shape of a batch: at the level that was asked for, or with "auto" at the
+    first that fits. What does not fit raises before it runs, and names what would."""
+
+    def __init__(
+        self,
+        step_at: Callable[[str], CompiledLater],
+        loss_at: Callable[[Remat], WatchedLoss],
+        asked: str,
+        room: Callable[[], Size | None] = free_room,
+    ):
+        self._step_at, self._loss_at, self._asked, self._room = step_at, loss_at, asked, room
+        self._programs: dict[Any, jax.stages.Compiled] = {}
+        self.level: str | None = None
+        """That of the newest program."""
+
+    def __call__(self, state: TrainState, frozen: Tree, batch: MicroBatch) -> tuple[TrainState, Metrics]:
+        key = tuple((x.shape, getattr(x, "sharding", None)) for x in jax.tree.leaves((state, batch)))
+        if key not in self._programs:
+            self._programs[key] = self._fitting(state, frozen, batch)
+        return self._programs[key](state, frozen, batch)
+
+    def _fitting(self, state: TrainState, frozen: Tree, batch: MicroBatch) -> jax.stages.Compiled:
+        room = self._room()
+        levels, smaller = candidates(self._asked, memory_is_known=room is not None)
+
+        @functools.cache
+        def program(level):
+            return self._step_at(level).lower(state, frozen, batch).compile()
+
+        @functools.cache
+        def kept(level):
+            how = remat(level)
+            # A loop keeps the same, and is traced once for all layers.
+            return 0 if how.on_host else kept_by(
+                self._loss_at(how._replace(unrolled=False)), state.trained, frozen, batch
+            )  # fmt: skip
+
+        if room is None:
+            (self.level,) = levels
+            return program(self.level)
+        needed = lambda level: needed_by(program(level))
+        self.level = first_fitting(levels, room, kept, needed)
+        if self.level is not None:
+            log.info("gradient checkpointing %r: the step takes %s", self.level, _text(needed(self.level)))
+            return program(self.level)
+        tried = levels[-1]
+        at_least = kept(tried) > room.device
+        size = Size(kept(tried)) if at_least else needed(tried)
+        raise DeviceMemoryError(
+            f"A step of {' x '.join(map(str, batch['tokens'].shape))} tokens at gradient checkpointing {tried!r} takes "
+            f"{'at least ' if at_least else ''}{_text(size)}.",
+            expected=f"at most the {_text(room)} that are free.",
+            fix=self._what_fits(room, smaller, kept, needed)
+            or self._which_batch_fits(room, (*levels, *smaller)[-1], state, frozen, batch)
+            or "Nothing that was tried fits beside the weights: take a larger device, or a smaller model.",
+        )
+
+    def _what_fits(
+        self, room: Size, levels: Sequence[str], kept: Callable[[str], int], needed: Callable[[str], Size]
+    ) -> str | None:
+        level = first_fitting(levels, room, kept, needed)
+        return level and f"Set use_gradient_checkpointing={level!r}, which takes {_text(needed(level))}."
+
+    def _which_batch_fits(
+        self, room: Size, level: str, state: TrainState, frozen: Tree, batch: MicroBatch
+    ) -> str | None:
+        for settings, smaller in _smaller_batches(batch):
+            size = needed_by(self._step_at(level).lower(state, frozen, smaller).compile())
+            if size.fits(room):
+                return (
+                    f"Set {settings} (and use_gradient_checkpointing={level!r}), which takes {_text(size)}."
+                )
+        return None
+
+
+def _smaller_batches(batch: MicroBatch) -> Iterator[tuple[str, dict[str, jax.ShapeDtypeStruct]]]:
+    """(its settings, shapes) of batches with half the rows in twice the micro-batches, and so on; then of shorter
+    ones."""
+    A, R, L = batch["tokens"].shape
+    while R > 1:
+        A, R = A * 2, math.ceil(R / 2)
+        yield (
+            f"per_device_train_batch_size={R} with gradient_accumulation_steps={A}",
+            {name: jax.ShapeDtypeStruct((A, R, *x.shape[2:]), x.dtype) for name, x in batch.items()},
+        )
+    for _ in range(4):
+        L //= 2
+        cut = lambda x, L=L: (A, R, L, *x.shape[3:]) if x.shape[2:3] == batch["tokens"].shape[2:] else x.shape
+        yield (
+            f"max_length={L}",
+            {name: jax.ShapeDtypeStruct(cut(x), x.dtype) for name, x in batch.items()},
+        )
+
+
+def _text(size: Size) -> str:
+    host = f" and {gb(size.host)} of the host's" if size.host else ""
+    return f"{gb(size.device)} of the device's memory{host}"

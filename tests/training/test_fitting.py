@@ -1,0 +1,180 @@
+"""A step runs at the level that was asked for if that fits, with "auto" at the fastest that fits; else it says what
+would."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtune.errors import DeviceMemoryError
+from jaxtune.training.fitting import FittingStep, Size, first_fitting, kept_by, needed_by
+from jaxtune.training.losses import next_token_loss, unwatched
+from jaxtune.training.optimizers import adamw
+from jaxtune.training.remat import FASTEST_FIRST, candidates, remat
+from jaxtune.training.step import init_state, make_step
+from tests.kit import tiny
+from tests.kit.compare import assert_trees_close
+
+GB = 10**9
+KEPT = {"mlp": 40 * GB, "attention": 20 * GB, "offload_attention": 0, "offload": 0}
+NEEDED = {
+    "mlp": Size(50 * GB),
+    "attention": Size(25 * GB),
+    "offload_attention": Size(3 * GB, host=16 * GB),
+    "offload": Size(2 * GB, host=4 * GB),
+}
+TOKENS = 4 * 32
+"""Of a micro-batch that needs as much; see `tiny.batch`."""
+
+
+@pytest.mark.parametrize(
+    ("room", "level", "compiled"),
+    [
+        (Size(140 * GB, 100 * GB), "mlp", ["mlp"]),
+        (Size(50 * GB, 0), "mlp", ["mlp"]),
+        (Size(45 * GB, 100 * GB), "attention", ["mlp", "attention"]),
+        (Size(30 * GB, 100 * GB), "attention", ["attention"]),
+        (Size(22 * GB, 100 * GB), "offload_attention", ["attention", "offload_attention"]),
+        (Size(10 * GB, 100 * GB), "offload_attention", ["offload_attention"]),
+        (Size(10 * GB, 8 * GB), "offload", ["offload_attention", "offload"]),
+        (Size(2 * GB, 100 * GB), "offload", ["offload_attention", "offload"]),
+        (Size(1 * GB, 100 * GB), None, ["offload_attention", "offload"]),
+        (Size(10 * GB, 1 * GB), None, ["offload_attention", "offload"]),
+    ],
+)
+def test_auto_takes_the_fastest_that_fits_and_compiles_none_that_cannot(room, level, compiled):
+    seen = []
+
+    def needed(name):
+        seen.append(name)
+        return NEEDED[name]
+
+    assert first_fitting(FASTEST_FIRST, room, KEPT.__getitem__, needed) == level
+    assert seen == compiled
+
+
+def test_candidates():
+    assert candidates("auto", memory_is_known=True) == (FASTEST_FIRST, ())
+    assert candidates("auto", memory_is_known=False) == (("block",), ())
+    assert candidates("none", memory_is_known=True) == (("none",), FASTEST_FIRST)
+    assert candidates("block", memory_is_known=True) == (("block",), ("offload_attention", "offload"))
+    assert candidates("offload", memory_is_known=True) == (("offload",), ())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model(windows=(None,))
+
+
+class MadeUp:
+    """A step whose program says that it needs `size`, in proportion to a micro-batch's tokens."""
+
+    def __init__(self, step, size):
+        self.step, self.size = step, size
+
+    def lower(self, state, params, batch):
+        _, R, L = batch["tokens"].shape
+        return MadeUp(self.step, Size(*(bytes * R * L // TOKENS for bytes in self.size)))
+
+    def compile(self):
+        return self
+
+    def memory_analysis(self):
+        return types.SimpleNamespace(
+            temp_size_in_bytes=self.size.device, host_temp_size_in_bytes=self.size.host,
+            output_size_in_bytes=GB, alias_size_in_bytes=GB,
+        )  # fmt: skip
+
+    def __call__(self, *arguments):
+        return self.step(*arguments)
+
+
+@pytest.fixture(scope="module")
+def run(model):
+    """(what makes the step for an asked level and a room, its arguments)."""
+    rate = lambda step: jnp.float32(1e-2)
+    optimizer = adamw(rate, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.0)
+    loss_at = lambda how: unwatched(next_token_loss(model, how))
+    sizes = {**NEEDED, "block": Size(12 * GB)}
+    steps = {
+        name: MadeUp(make_step(loss_at(remat(name)), optimizer, rate, 1.0), sizes[name]) for name in sizes
+    }
+    state = lambda: init_state(tiny.lora(model), optimizer)
+    return (
+        lambda asked, room: FittingStep(steps.__getitem__, loss_at, asked, lambda: room),
+        (state, tiny.params(model), tiny.batch()),
+    )
+
+
+def test_what_is_kept_shrinks_and_is_a_part_of_what_xla_needs(model):
+    params, lora, batch = tiny.params(model), tiny.lora(model), tiny.batch()
+    loss_at = lambda name: unwatched(next_token_loss(model, remat(name)._replace(unrolled=False)))
+    kept = {
+        name: kept_by(loss_at(name), lora, params, batch) for name in ("none", "mlp", "attention", "block")
+    }
+    assert list(kept.values()) == sorted(kept.values(), reverse=True)
+    _, R, L = batch["tokens"].shape
+    inputs = R * L * model.config.hidden_size * model.config.num_layers * 4
+    assert inputs <= kept["block"], "every block's input in float32"
+    gradient = jax.jit(jax.grad(lambda *args: loss_at("mlp")(*args)[0]))
+    micro = {name: array[0] for name, array in batch.items()}
+    assert kept["mlp"] < needed_by(gradient.lower(lora, params, micro).compile()).device
+
+
+def test_a_step_is_the_same_wherever_it_fits(run):
+    step_in, (state, params, batch) = run
+    roomy, tight = (step_in("auto", Size(free, 50 * GB)) for free in (100 * GB, 10 * GB))
+    results = [step(state(), params, batch) for step in (roomy, tight)]
+    assert (roomy.level, tight.level) == ("mlp", "offload_attention")
+    assert_trees_close(results[0][0].trained, results[1][0].trained, 1e-5)
+
+
+def test_a_new_shape_is_fitted_anew(run):
+    step_in, (state, params, batch) = run
+    step = step_in("auto", Size(50 * GB, 50 * GB))
+    after, _ = step(state(), params, batch)
+    assert step.level == "mlp"
+    step(after, params, {name: np.concatenate([x] * 2, axis=1) for name, x in batch.items()})
+    assert step.level == "attention"
+
+
+def test_where_the_room_is_unknown_blocks_are_computed_again(run):
+    step_in, (state, params, batch) = run
+    step = step_in("auto", None)
+    step(state(), params, batch)
+    assert step.level == "block"
+
+
+def test_too_little_memory_names_the_level_that_fits(run):
+    step_in, (state, params, batch) = run
+    arguments = (state(), params, batch)
+    with pytest.raises(DeviceMemoryError) as caught:
+        step_in("mlp", Size(10 * GB, 50 * GB))(*arguments)
+    assert "2 x 4 x 32 tokens at gradient checkpointing 'mlp' takes 50.0 GB" in caught.value.found
+    assert "10.0 GB of the device's memory and 50.0 GB of the host's" in caught.value.expected
+    assert "Set use_gradient_checkpointing='offload_attention', which takes 3.0 GB" in caught.value.fix
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(arguments[:2])), "nothing ran"
+
+
+@pytest.mark.parametrize(
+    ("free", "settings"),
+    [
+        (1.2 * GB, "per_device_train_batch_size=2 with gradient_accumulation_steps=4 "),
+        (0.6 * GB, "per_device_train_batch_size=1 with gradient_accumulation_steps=8 "),
+        (0.3 * GB, "max_length=16 "),
+    ],
+)
+@pytest.mark.parametrize("asked", ["offload", "auto", "block"])
+def test_too_little_memory_names_the_batch_that_fits(run, free, settings, asked):
+    step_in, (state, params, batch) = run
+    with pytest.raises(DeviceMemoryError) as caught:
+        step_in(asked, Size(int(free), 50 * GB))(state(), params, batch)
+    assert f"Set {settings}(and use_gradient_checkpointing='offload')" in caught.value.fix
+
+
+def test_nothing_fits(run):
+    step_in, (state, params, batch) = run
+    with pytest.raises(DeviceMemoryError, match="a larger device, or a smaller model"):
+        step_in("auto", Size(10**6, 50 * GB))(state(), params, batch)
