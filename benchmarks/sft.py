@@ -1,8 +1,9 @@
 """SFT through `SFTTrainer`, on random weights made on the device in a real model's shape: seconds per optimizer step,
 tokens per second, peak memory, model FLOP/s utilisation, time to the first step, time to load.
 
-    python benchmarks/sft.py                              # Llama-3.1-8B, 4 x 4096, every level that fits
+    python benchmarks/sft.py                              # Llama-3.1-8B, every row of docs/performance.md
     python benchmarks/sft.py --rows 2x2048x4:block        # batch x length x accumulation : level of training.remat
+    python benchmarks/sft.py --rows 1x16384x1~512:auto    # rows packed with samples of about 512 tokens
     python benchmarks/sft.py --shape tiny --rows 2x64x2:block    # seconds on a CPU: checks the script
 """
 
@@ -10,6 +11,8 @@ import argparse
 import functools
 import statistics
 import time
+from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +22,17 @@ from benchmarks.harness import record
 from benchmarks.shapes import SHAPES
 from jaxtune import FastLanguageModel, LanguageModel, SFTConfig, SFTTrainer
 from jaxtune.compilation import enable_cache
+from jaxtune.errors import JaxtuneError
 from jaxtune.loading.load import load_params
 from jaxtune.models import names
 from jaxtune.models.causal_lm import CausalLM
 from jaxtune.models.config import ModelConfig
 from jaxtune.quant import Unpacked
 
+ROWS = [
+    "2x2048x4:offload_attention", "4x4096x1:offload_attention", "1x16384x1:offload_attention",
+    "1x16384x1~512:offload_attention", "2x2048x4:auto", "4x4096x1:auto",
+]  # fmt: skip
 SUSTAINED_FLOPS = 683e12
 """bf16 products of an H200 over 20 s, measured; what MFU is relative to."""
 
@@ -88,16 +96,15 @@ def random_model(shape: str, *, full_finetuning: bool = False) -> LanguageModel:
     return LanguageModel(causal_lm, params, full_finetuning=full_finetuning)
 
 
-def useful_flops(c: ModelConfig, batch: int, length: int, *, full: bool = False) -> float:
-    """4 N T + 3 A: frozen weights need no gradient of their own (trained ones do: 6 N T); A is causal attention's
-    forward pass."""
+def useful_flops(c: ModelConfig, lengths: Sequence[int], *, full: bool = False) -> float:
+    """Of one step over samples of these lengths, 4 N T + 3 A: frozen weights need no gradient of their own (trained
+    ones do: 6 N T); A is causal attention's forward pass."""
     attention_weights = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
     linear = c.num_layers * (attention_weights + 3 * c.hidden_size * c.intermediate_size)
     linear += c.vocab_size * c.hidden_size
-    attention = (
-        c.num_layers * batch * c.num_heads * c.head_dim * 2 * length**2
-    )  # 4 for two products, half is masked
-    return (6 if full else 4) * linear * batch * length + 3 * attention
+    # 4 for two products, half is masked
+    attention = c.num_layers * c.num_heads * c.head_dim * 2 * sum(length**2 for length in lengths)
+    return (6 if full else 4) * linear * sum(lengths) + 3 * attention
 
 
 def peak_gb() -> float:
@@ -105,30 +112,54 @@ def peak_gb() -> float:
     return stats.get("peak_bytes_in_use", 0) / 1e9
 
 
-def measure(model: LanguageModel, batch: int, length: int, accumulation: int, level: str, steps: int) -> dict:
+class Row(NamedTuple):
+    """batch x length x accumulation ~ mean : level of training.remat. With a mean, rows of so many tokens are packed
+    with ragged samples that are about so long."""
+
+    batch: int
+    length: int
+    accumulation: int
+    mean: int | None
+    level: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        sizes, level = text.split(":")
+        sizes, _, mean = sizes.partition("~")
+        return cls(*map(int, sizes.split("x")), int(mean) if mean else None, level)
+
+    def lengths(self) -> list[int]:
+        """Of the samples of a step."""
+        rows = self.batch * self.accumulation
+        if self.mean is None:
+            return [self.length] * rows
+        count = rows * self.length // self.mean
+        lengths = np.random.default_rng(0).integers(self.mean // 8, 2 * self.mean - self.mean // 8, count)
+        lengths += (rows * self.length - lengths.sum()) // count
+        return lengths.tolist()
+
+
+def measure(model: LanguageModel, row: Row, steps: int) -> dict:
     c = model.causal_lm.config
     rng = np.random.default_rng(0)
-    samples = [
-        {"input_ids": rng.integers(0, c.vocab_size, length).tolist()} for _ in range(2 * batch * accumulation)
-    ]
+    lengths = row.lengths()
+    # Every step has all samples, so that there is one shape.
+    samples = [{"input_ids": rng.integers(0, c.vocab_size, length).tolist()} for length in lengths]
     config = SFTConfig(
-        max_steps=steps, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
-        max_length=length, gradient_checkpointing=level,
+        max_steps=steps, per_device_train_batch_size=len(lengths) // row.accumulation, max_length=max(lengths),
+        gradient_accumulation_steps=row.accumulation, gradient_checkpointing=row.level,
     )  # fmt: skip
     trainer = SFTTrainer(model, config, train_dataset=samples)
     trainer.train()
     times = [entry["step_time_sec"] for entry in trainer.log_history]
     # Step n's time is read when step n + 1 has been dispatched: the first holds the compilation, the last no overlap.
-    seconds = statistics.median(times[3:-1])
-    flops = accumulation * useful_flops(c, batch, length, full=model.full_finetuning)
+    seconds = statistics.median(times[3:-1] or times)
     return {
-        "batch": batch,
-        "length": length,
-        "accumulation": accumulation,
-        "level": level,
+        **row._asdict(),
+        "ran_at": trainer.step.level,
         "seconds_per_step": seconds,
-        "tokens_per_second": batch * length * accumulation / seconds,
-        "mfu_of_sustained": flops / seconds / SUSTAINED_FLOPS,
+        "tokens_per_second": sum(lengths) / seconds,
+        "mfu_of_sustained": useful_flops(c, lengths, full=model.full_finetuning) / seconds / SUSTAINED_FLOPS,
         "peak_gb": peak_gb(),
         "first_step_seconds": times[0] + trainer.log_history[0]["compile_seconds"],
         "loss": [entry["loss"] for entry in trainer.log_history],
@@ -140,8 +171,9 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
-    parser.add_argument("--rows", nargs="+", default=["4x4096x1:block", "4x4096x1:attention", "4x4096x1:mlp"])
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rows", nargs="+", default=ROWS)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--full-finetuning", action="store_true", help="train bfloat16 weights, no adapter")
     parser.add_argument("--name", default="sft", help="of the result file")
     args = parser.parse_args()
@@ -152,18 +184,19 @@ def main():
     load_seconds = time.perf_counter() - start
     weights_gb = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) / 1e9
     print(f"weights: {weights_gb:.2f} GB in {load_seconds:.1f} s; peak {peak_gb():.2f} GB", flush=True)
-    model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16)  # which leaves a whole one as it is
+    model = FastLanguageModel.get_peft_model(
+        model, r=args.rank, lora_alpha=16
+    )  # which leaves a whole one as it is
 
     rows = []
     for row in args.rows:
-        sizes, level = row.split(":")
         try:
-            rows.append(measure(model, *map(int, sizes.split("x")), level, args.steps))
+            rows.append(measure(model, Row.parse(row), args.steps))
             print({k: v for k, v in rows[-1].items() if k != "loss"}, flush=True)
-        except jax.errors.JaxRuntimeError as error:
-            rows.append({"row": row, "error": str(error).splitlines()[0][:200]})
+        except (jax.errors.JaxRuntimeError, JaxtuneError) as error:
+            rows.append({"row": row, "error": str(error)[:600]})
             print(rows[-1], flush=True)
-        record(args.name, rows, shape=args.shape, weights_gb=weights_gb, load_seconds=load_seconds,
+        record(args.name, rows, shape=args.shape, rank=args.rank, weights_gb=weights_gb, load_seconds=load_seconds,
                note="peak_gb is the process's so far: rows run from small to large")  # fmt: skip
 
 

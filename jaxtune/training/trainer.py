@@ -103,6 +103,8 @@ class Trainer:
         )
         require_rows(self.processing_class, model.causal_lm.config.vocab_size)
         self.log_history: list[Record] = []
+        self.step: FittingStep | None = None
+        """That of the newest run: `step.level` is what it computes again, and what it keeps where."""
 
     def _train(
         self, loss_at: Callable[[Remat], WatchedLoss], batches: Batches, total_steps: int
@@ -128,7 +130,7 @@ class Trainer:
             if args.gradient_checkpointing is None
             else args.gradient_checkpointing
         )
-        step = FittingStep(step_at, loss_of, asked)
+        step = self.step = FittingStep(step_at, loss_of, asked)
         # There is one copy of the weights: while they are trained, the model's are the newest.
         state = init_state(trained, optimizer, consume=trains_all)
         self.log_history = []
