@@ -77,6 +77,11 @@ def _factor(weight, adapter):
     return jnp.where(adapter["has_m"], adapter["m"] / lengths, 1.0)
 
 
+def drops(adapters: Any) -> bool:
+    """Whether any linear of a part of the adapter's tree drops inputs."""
+    return any(path[-1].key == "dropout" for path, _ in jax.tree_util.tree_leaves_with_path(adapters))
+
+
 def _drop(x, adapter):
     if "dropout" not in adapter:
         return x

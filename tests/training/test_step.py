@@ -1,5 +1,7 @@
 """The step: the same however the batch is cut, the same at every level of remat, and light on memory."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 
 from jaxtune.errors import OptionError, TrainingError
 from jaxtune.training import loop
-from jaxtune.training.losses import next_token_loss, unwatched
+from jaxtune.training.losses import next_token_loss, of_all_weights, unwatched
 from jaxtune.training.optimizers import adamw, any_promotion, schedule
 from jaxtune.training.remat import LEVELS, level, remat
 from jaxtune.training.step import init_state, make_step, value_and_grad
@@ -86,6 +88,54 @@ def test_remat_changes_nothing_but_memory(case, expected, name):
     model, params, lora = case
     loss = next_token_loss(model, remat(name))
     ours = jax.jit(lambda *args: value_and_grad(unwatched(loss), *args))(lora, params, cut(tiny.batch(), 1))
+    assert_close(ours[0], expected[0], 1e-6)
+    assert_trees_close(ours[1], expected[1], 1e-5)
+
+
+IN_PIECES = {"mlp_tokens": 24, "head_tokens": 24}  # which do not divide 256 tokens
+
+
+@pytest.mark.parametrize("name", ["offload_attention", "offload"])
+@pytest.mark.parametrize("windows", [(None,), (None,) * 3, (None,) * 4, (None, 8) * 2])
+def test_pieces_and_loops_of_any_length_change_nothing(name, windows):
+    """One layer, an odd number, an even one, layers by turns; and pieces that do not divide the tokens."""
+    model = tiny.model(windows=windows)
+    args = tiny.lora(model), tiny.params(model), cut(tiny.batch(), 1)
+    whole, pieces = (
+        jax.jit(lambda *args, how=how: value_and_grad(unwatched(next_token_loss(model, how)), *args))(*args)
+        for how in (None, remat(name)._replace(**IN_PIECES))
+    )
+    assert_close(pieces[0], whole[0], 1e-6)
+    assert_trees_close(pieces[1], whole[1], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["mlp", "offload_attention", "offload"])
+def test_levels_train_whole_weights_too(name):
+    model = tiny.model(windows=(None,) * 3)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda spec: rng.normal(0, 0.05, spec.shape).astype("float32"), model.skeleton)
+    whole, pieces = (
+        jax.jit(
+            lambda params, batch, how=how: value_and_grad(
+                of_all_weights(unwatched(next_token_loss(model, how))), params, {}, batch
+            )
+        )(params, cut(tiny.batch(), 1))
+        for how in (None, remat(name)._replace(**IN_PIECES))
+    )
+    assert_close(pieces[0], whole[0], 1e-6)
+    assert_trees_close(pieces[1], whole[1], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["mlp", "block", "offload_attention"])
+def test_levels_drop_the_same_inputs(name):
+    model = tiny.model(windows=(None, None))
+    model = dataclasses.replace(model, lora_config=dataclasses.replace(model.lora_config, lora_dropout=0.5))
+    batch = {**cut(tiny.batch(), 1), "dropout_key": jax.random.split(jax.random.key(0), 1)}
+    args = tiny.lora(model), tiny.params(model), batch
+    ours, expected = (
+        jax.jit(lambda *args, how=how: value_and_grad(unwatched(next_token_loss(model, how)), *args))(*args)
+        for how in (remat(name)._replace(mlp_tokens=24), None)
+    )
     assert_close(ours[0], expected[0], 1e-6)
     assert_trees_close(ours[1], expected[1], 1e-5)
 
