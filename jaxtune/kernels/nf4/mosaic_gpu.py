@@ -31,6 +31,7 @@ def why_not(shape: tuple[int, int], dtype: jnp.dtype, double: bool) -> str | Non
     return None
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "values", "interpret"))
 def dequantize_layer(
     stack: tuple[Any, ...],
     index: jax.Array | int,
@@ -40,7 +41,8 @@ def dequantize_layer(
     values: str,
     interpret: bool = False,
 ) -> jax.Array:
-    """The weight [N, K] of layer `index`, of the four packed arrays as stacks [layers, ...]."""
+    """The weight [N, K] of layer `index`, of the four packed arrays as stacks [layers, ...]. Compiled by itself: a step
+    calls it hundreds of times, and lowers it once for each shape."""
     from jaxtune.kernels.mosaic import pl, plgpu, take
 
     codes, absmax, nested_absmax, offset = stack
