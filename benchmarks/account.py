@@ -20,7 +20,7 @@ from jaxtune import FastLanguageModel
 from jaxtune.compilation import enable_cache
 from jaxtune.training.losses import next_token_loss, unwatched
 from jaxtune.training.optimizers import adamw
-from jaxtune.training.remat import remat
+from jaxtune.training.remat import compiler_options, remat
 from jaxtune.training.step import init_state, make_step
 
 STEPS = 3
@@ -72,7 +72,7 @@ def main():
     rate = lambda step: jax.numpy.float32(1e-4)
     optimizer = adamw(rate, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.01)
     loss = unwatched(next_token_loss(model.causal_lm, remat(level)))
-    step = make_step(loss, optimizer, rate, 1.0)
+    step = make_step(loss, optimizer, rate, 1.0, compiler_options=compiler_options(remat(level)))
     shape = (accumulation, batch, length)
     tokens = np.random.default_rng(0).integers(0, model.causal_lm.config.vocab_size, shape).astype(np.int32)
     given = jax.device_put(

@@ -1,7 +1,7 @@
 """SFT through `SFTTrainer`, on random weights made on the device in a real model's shape: seconds per optimizer step,
 tokens per second, peak memory, model FLOP/s utilisation, time to the first step, time to load.
 
-    python benchmarks/sft.py                              # Llama-3.1-8B, every row of docs/performance.md
+    python benchmarks/sft.py                              # Llama-3.1-8B: small memory, packed rows, "auto"
     python benchmarks/sft.py --rows 2x2048x4:block        # batch x length x accumulation : level of training.remat
     python benchmarks/sft.py --rows 1x16384x1~512:auto    # rows packed with samples of about 512 tokens
     python benchmarks/sft.py --shape tiny --rows 2x64x2:block    # seconds on a CPU: checks the script

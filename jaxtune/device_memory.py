@@ -1,5 +1,6 @@
 """What a device and its host have free, and how to say it."""
 
+import contextlib
 import math
 import os
 from pathlib import Path
@@ -26,14 +27,24 @@ def of_device(device: Any) -> Memory | None:
     return Memory(stats["bytes_limit"] - stats.get("bytes_in_use", 0), stats["bytes_limit"])
 
 
-def free_of_host() -> int:
-    """Bytes that can be had without swapping."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def free_of_host(root: Path = Path("/")) -> int:
+    """Bytes that can be had without swapping, by what the machine has and what this process' container may take."""
+    free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError, StopIteration):
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        free.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number
+        most, now = (
+            int((root / "sys/fs/cgroup" / f"memory.{name}").read_text()) for name in ("max", "current")
+        )
+        free.append(most - now)
+    return max(0, min(free))
 
 
-def gb(size: int) -> str:
+def gb_needed(size: int) -> str:
     return f"{math.ceil(size / 1e8) / 10:.1f} GB"
+
+
+def gb_free(size: int) -> str:
+    """Rounded down, so that what is free never looks like enough when it is not."""
+    return f"{math.floor(size / 1e8) / 10:.1f} GB"

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from jaxtune import quant
+from jaxtune.device_memory import default_device
 from jaxtune.errors import CheckpointError
 from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.loading.plan import CHUNK, Leaf, element, nbytes, plan, some
@@ -54,7 +55,7 @@ def load_params(
     """The tree of `model.skeleton` with arrays: linears packed in `precision`, all else in `dtype`. Without a
     precision, what the checkpoint holds packed stays as it is, and others are packed in NF4."""
     leaves = plan(model, checkpoint, dtype=dtype, precision=precision)
-    device = jax.config.jax_default_device or jax.local_devices()[0]
+    device = default_device()
     require_room(leaves, device, in_flight=IN_FLIGHT)
     pieces = [(piece, _size(piece, checkpoint)) for leaf in leaves for piece in _pieces(leaf, checkpoint)]
     buffers: dict[Any, Any] = {}

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jaxtune import quant
-from jaxtune.device_memory import gb, of_device
+from jaxtune.device_memory import gb_free, gb_needed, of_device
 from jaxtune.errors import DeviceMemoryError
 from jaxtune.loading.plan import Leaf, is_quantized, nbytes
 from jaxtune.quant import Format, FourBit, Int8, PackedArray, Unpacked
@@ -30,10 +30,10 @@ def require_room(leaves: Sequence[Leaf], device: Any, *, in_flight: int) -> None
     if needed <= memory.free:
         return
     sizes = {option: _size(leaves, format) + overhead for option, format in _CANDIDATES}
-    fitting = [f"{option} ({gb(size)})" for option, size in sizes.items() if size <= memory.free]
+    fitting = [f"{option} ({gb_needed(size)})" for option, size in sizes.items() if size <= memory.free]
     raise DeviceMemoryError(
-        f"The model's weights need {gb(needed)}, and {device.device_kind} has {gb(memory.free)} free "
-        f"of {gb(memory.limit)}.",
+        f"The model's weights need {gb_needed(needed)}, and {device.device_kind} has {gb_free(memory.free)} free "
+        f"of {gb_free(memory.limit)}.",
         expected="room for the weights, and beyond them for training: an adapter, its optimizer, activations.",
         fix=f"What fits: {' or '.join(fitting)}."
         if fitting

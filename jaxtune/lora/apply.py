@@ -77,9 +77,11 @@ def _factor(weight, adapter):
     return jnp.where(adapter["has_m"], adapter["m"] / lengths, 1.0)
 
 
-def drops(adapters: Any) -> bool:
-    """Whether any linear of a part of the adapter's tree drops inputs."""
-    return any(path[-1].key == "dropout" for path, _ in jax.tree_util.tree_leaves_with_path(adapters))
+def is_plain(adapters: Any) -> bool:
+    """Whether all linears of a part of the adapter's tree do the same to each token by itself, at a cost in proportion:
+    nothing is dropped, no row of a weight is measured."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(adapters)]
+    return not any(path[-1].key in ("dropout", "m") for path in paths)
 
 
 def _drop(x, adapter):

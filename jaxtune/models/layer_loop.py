@@ -1,8 +1,8 @@
 """How training runs a stack of equal layers: in a loop, one by one, or in a loop whose kept values wait in the host's
 memory; and what a layer keeps for its backward pass.
 
-`block(x, layer, shared)` is one layer: x goes in and comes out, `layer` is its own part of the stacks, `shared` what
-all layers see. It closes over no arrays.
+`block(x, layer, shared)` is one layer: x goes in and comes out, `layer` is its own part of the stacks, (modules,
+adapters), `shared` what all layers see. It closes over no arrays.
 """
 
 import functools
@@ -25,8 +25,8 @@ class Remat(NamedTuple):
     """Each layer a piece of the program, instead of a loop over them: what is kept then need not be copied into stacks
     and out of them again, but every layer is compiled."""
     on_host: bool = False
-    """What a layer keeps waits in the host's pinned memory. It is sent there while the next layer computes, and fetched
-    while the one after it goes backward."""
+    """What a layer keeps waits in the host's pinned memory: sent as it is made, fetched while the layer above goes
+    backward. Not for `jax.vmap`."""
     mlp_tokens: int | None = None
     """The MLP is computed for so many tokens at a time, and keeps nothing."""
     head_tokens: int | None = None
@@ -40,14 +40,18 @@ def checkpointed(block: Callable, remat: Remat) -> Callable:
     return jax.checkpoint(block, policy=remat.policy, prevent_cse=remat.unrolled)
 
 
-def run(block: Block, x: jax.Array, layers: Any, shared: Any, remat: Remat) -> jax.Array:
+def run(block: Block, x: jax.Array, layers: tuple[Any, Any], shared: Any, remat: Remat) -> jax.Array:
     """x after all layers, of which `layers` holds stacks."""
     if remat.on_host:
         return _through_host(block, x, layers, shared)
     if remat.unrolled:
-        for layer in _unstacked(layers):
-            x, layer = _both_at_once(x, layer)
-            x = block(x, layer, shared)
+        for modules, adapters in _unstacked(layers):
+            # One of these is trained; the other must not look as if it were.
+            if jax.tree.leaves(adapters):
+                x, adapters = _both_at_once(x, adapters)
+            else:
+                x, modules = _both_at_once(x, modules)
+            x = block(x, (modules, adapters), shared)
         return x
     return lax.scan(lambda x, layer: (block(x, layer, shared), None), x, layers)[0]
 
@@ -67,14 +71,14 @@ def _unstacked(stacks: Any) -> list[Any]:
 
 
 @jax.custom_vjp
-def _both_at_once(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+def _both_at_once(x: jax.Array, trained: Any) -> tuple[jax.Array, Any]:
     """Its arguments. Going backward, their gradients are ready together: XLA would put the small products of an
     adapter's gradient off, and hold the large arrays that they need, of every layer."""
-    return x, layer
+    return x, trained
 
 
 _both_at_once.defvjp(
-    lambda x, layer: ((x, layer), None),
+    lambda x, trained: ((x, trained), None),
     lambda _, gradients: lax.optimization_barrier(gradients),
 )
 
@@ -86,8 +90,7 @@ _both_at_once.defvjp(
 # - slices of what lies on the device are taken where XLA cannot tell (`_downward`): they would become copies too, and
 #   queue behind the large ones;
 # - the backward loop turns once for two layers: while one uses what it fetched, the other's is on its way, each in
-#   memory of its own;
-# - the last layer's values never leave.
+#   memory of its own; the last layer's are there still.
 
 
 def _through_host(block: Block, x: jax.Array, layers: Any, shared: Any) -> jax.Array:

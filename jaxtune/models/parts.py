@@ -240,7 +240,7 @@ class Block(nnx.Module):
         mlp_tokens: int | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """The block's output, and its part of the cache with these tokens in it. With `mlp_tokens`, the MLP is computed
-        for so many tokens at a time; unless it drops inputs, which are drawn for all at once."""
+        for so many tokens at a time, if its weights are frozen in few bits and its adapter is plain."""
         before_attention, after_attention, before_mlp, after_mlp = self._norms()
         x_BTM = checkpoint_name(x_BTM, "block_input")
         attended, cache = self.self_attn(before_attention(x_BTM), where, part(lora, "self_attn"), cache)
@@ -249,9 +249,10 @@ class Block(nnx.Module):
         def feed_forward(mlp, x_TM, lora):
             return x_TM + self._scaled(after_mlp(mlp(before_mlp(x_TM), lora)))
 
-        if mlp_tokens is None or lora_apply.drops(part(lora, "mlp")):
-            return feed_forward(self.mlp, x_BTM, part(lora, "mlp")), cache
-        return _in_tiles(feed_forward, self.mlp, x_BTM, part(lora, "mlp"), mlp_tokens), cache
+        lora = part(lora, "mlp")
+        if mlp_tokens is None or not (quant.is_packed(self.mlp) and lora_apply.is_plain(lora)):
+            return feed_forward(self.mlp, x_BTM, lora), cache
+        return _in_tiles(feed_forward, self.mlp, x_BTM, lora, mlp_tokens), cache
 
     def _norms(self):
         if self.norms == "pre":

@@ -10,6 +10,7 @@ from jaxtune.quant.packed import (
     bytes_per_weight,
     dequantize,
     dequantized,
+    is_packed,
     matmul,
     quantize,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "bytes_per_weight",
     "dequantize",
     "dequantized",
+    "is_packed",
     "matmul",
     "quantize",
 ]

@@ -133,12 +133,19 @@ def dequantize(w: "PackedArray | jax.Array", dtype: Any = None) -> jax.Array:
     return jnp.asarray(w, dtype)
 
 
+def is_packed(tree: Any) -> bool:
+    """Whether every weight in the tree is a packed array; what has one axis is none."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, PackedArray))
+    return all(isinstance(leaf, PackedArray) or leaf.ndim < 2 for leaf in leaves)
+
+
 def dequantized[Tree](tree: Tree, dtype: Any) -> Tree:
     """The tree with its packed arrays as numbers."""
-    is_packed = lambda leaf: isinstance(leaf, PackedArray)
-    return jax.tree.map(
-        lambda leaf: leaf.dequantize(dtype) if is_packed(leaf) else leaf, tree, is_leaf=is_packed
-    )
+
+    def plain(leaf: Any) -> Any:
+        return leaf.dequantize(dtype) if isinstance(leaf, PackedArray) else leaf
+
+    return jax.tree.map(plain, tree, is_leaf=lambda leaf: isinstance(leaf, PackedArray))
 
 
 def bytes_per_weight(w: PackedArray) -> float:

@@ -1,18 +1,18 @@
 """A step that runs at the first of some levels of remat whose program fits the device.
 
 Programs say themselves what they need (XLA's `memory_analysis()`), and the device what it has free; nothing is guessed.
-What a level keeps for the backward pass is known before it is compiled, so that one that cannot fit never is.
+What a level keeps for the backward pass is known before it is compiled: if that is too much already, it never is.
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxtune import device_memory
-from jaxtune.device_memory import gb
+from jaxtune.device_memory import gb_free, gb_needed
 from jaxtune.errors import DeviceMemoryError
 from jaxtune.log import get_logger
 from jaxtune.models.layer_loop import Remat
@@ -54,7 +54,7 @@ def first_fitting(
 def free_room() -> Size | None:
     """What the device and its host have free; None if the device does not say."""
     memory = device_memory.of_device(device_memory.default_device())
-    return memory and Size(int(memory.free - SLACK * memory.limit), device_memory.free_of_host())
+    return memory and Size(max(0, int(memory.free - SLACK * memory.limit)), device_memory.free_of_host())
 
 
 def needed_by(program: jax.stages.Compiled) -> Size:
@@ -90,15 +90,19 @@ class FittingStep:
         step_at: Callable[[str], CompiledLater],
         loss_at: Callable[[Remat], WatchedLoss],
         asked: str,
-        room: Callable[[], Size | None] = free_room,
+        option: str = "use_gradient_checkpointing",
+        room: Callable[[], Size | None] | None = None,
     ):
-        self._step_at, self._loss_at, self._asked, self._room = step_at, loss_at, asked, room
+        """`option` is what errors call the setting that was asked for."""
+        self._step_at, self._loss_at, self._asked, self._option = step_at, loss_at, asked, option
+        self._room = room or free_room
         self._programs: dict[Any, jax.stages.Compiled] = {}
         self.level: str | None = None
-        """That of the newest program."""
+        """That of the program that was compiled last."""
 
     def __call__(self, state: TrainState, frozen: Tree, batch: MicroBatch) -> tuple[TrainState, Metrics]:
-        key = tuple((x.shape, getattr(x, "sharding", None)) for x in jax.tree.leaves((state, batch)))
+        leaves, structure = jax.tree.flatten((state, batch))
+        key = structure, tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
         if key not in self._programs:
             self._programs[key] = self._fitting(state, frozen, batch)
         return self._programs[key](state, frozen, batch)
@@ -122,7 +126,7 @@ class FittingStep:
         if room is None:
             (self.level,) = levels
             return program(self.level)
-        needed = lambda level: needed_by(program(level))
+        needed = functools.cache(lambda level: needed_by(program(level)))
         self.level = first_fitting(levels, room, kept, needed)
         if self.level is not None:
             log.info("gradient checkpointing %r: the step takes %s", self.level, _text(needed(self.level)))
@@ -133,49 +137,46 @@ class FittingStep:
         raise DeviceMemoryError(
             f"A step of {' x '.join(map(str, batch['tokens'].shape))} tokens at gradient checkpointing {tried!r} takes "
             f"{'at least ' if at_least else ''}{_text(size)}.",
-            expected=f"at most the {_text(room)} that are free.",
-            fix=self._what_fits(room, smaller, kept, needed)
+            expected=f"at most the {_text(room, gb_free)} that are free.",
+            fix=self._which_level_fits(room, smaller, kept, needed)
             or self._which_batch_fits(room, (*levels, *smaller)[-1], state, frozen, batch)
             or "Nothing that was tried fits beside the weights: take a larger device, or a smaller model.",
         )
 
-    def _what_fits(
+    def _which_level_fits(
         self, room: Size, levels: Sequence[str], kept: Callable[[str], int], needed: Callable[[str], Size]
     ) -> str | None:
         level = first_fitting(levels, room, kept, needed)
-        return level and f"Set use_gradient_checkpointing={level!r}, which takes {_text(needed(level))}."
+        return level and f"Set {self._option}={level!r}, which takes {_text(needed(level))}."
 
     def _which_batch_fits(
         self, room: Size, level: str, state: TrainState, frozen: Tree, batch: MicroBatch
     ) -> str | None:
-        for settings, smaller in _smaller_batches(batch):
-            size = needed_by(self._step_at(level).lower(state, frozen, smaller).compile())
+        for k in (2, 4, 8, 16):
+            size = needed_by(self._step_at(level).lower(state, frozen, _fewer_tokens(batch, k)).compile())
             if size.fits(room):
                 return (
-                    f"Set {settings} (and use_gradient_checkpointing={level!r}), which takes {_text(size)}."
+                    f"Divide per_device_train_batch_size by {k} and multiply gradient_accumulation_steps by {k}, or "
+                    f"make samples that much shorter; with {self._option}={level!r} that takes {_text(size)}."
                 )
         return None
 
 
-def _smaller_batches(batch: MicroBatch) -> Iterator[tuple[str, dict[str, jax.ShapeDtypeStruct]]]:
-    """(its settings, shapes) of batches with half the rows in twice the micro-batches, and so on; then of shorter
-    ones."""
+def _fewer_tokens(batch: MicroBatch, k: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of k times the micro-batches with a k-th of the tokens each: fewer rows, or else a shorter one."""
     A, R, L = batch["tokens"].shape
-    while R > 1:
-        A, R = A * 2, math.ceil(R / 2)
-        yield (
-            f"per_device_train_batch_size={R} with gradient_accumulation_steps={A}",
-            {name: jax.ShapeDtypeStruct((A, R, *x.shape[2:]), x.dtype) for name, x in batch.items()},
+    rows, length = (math.ceil(R / k), L) if k <= R else (1, math.ceil(R * L / k))
+
+    def smaller(x):
+        # [A, R, L] for each token, [A, R, M] for each segment, [A] for each micro-batch.
+        shape = (
+            (A * k, rows, length if x.shape[2] == L else x.shape[2]) if x.ndim == 3 else (A * k, *x.shape[1:])
         )
-    for _ in range(4):
-        L //= 2
-        cut = lambda x, L=L: (A, R, L, *x.shape[3:]) if x.shape[2:3] == batch["tokens"].shape[2:] else x.shape
-        yield (
-            f"max_length={L}",
-            {name: jax.ShapeDtypeStruct(cut(x), x.dtype) for name, x in batch.items()},
-        )
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+
+    return {name: smaller(x) for name, x in batch.items()}
 
 
-def _text(size: Size) -> str:
+def _text(size: Size, gb: Callable[[int], str] = gb_needed) -> str:
     host = f" and {gb(size.host)} of the host's" if size.host else ""
     return f"{gb(size.device)} of the device's memory{host}"

@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune.kernels.linear_cross_entropy import IGNORE, linear_cross_entropy, nll_and_entropy
+from jaxtune.kernels.linear_cross_entropy import linear_cross_entropy, nll_and_entropy
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.models.layer_loop import Remat
 
 MicroBatch = Mapping[str, jax.Array]
 """`tokens`, `labels`, `segment_ids`, `positions`, int32 [R, L] (a whole batch: [A, R, L]); labels are already shifted,
--100 is not trained on. `segment_lengths` [R, M] promises rows without gaps (see `kernels.attention`). A `dropout_key`
-[] (a whole batch: [A]) makes the adapter drop inputs, if its settings do."""
+-100 is not trained on, nor is any negative number. `segment_lengths` [R, M] promises rows without gaps (see
+`kernels.attention`). A `dropout_key` [] (a whole batch: [A]) makes the adapter drop inputs, if its settings do."""
 
 Loss = Callable[[Lora | None, Params, MicroBatch], jax.Array]
 """The sum over a micro-batch's trained tokens. The step divides by their number in the whole batch."""
@@ -98,4 +98,4 @@ def of_all_weights(loss: WatchedLoss) -> WatchedLoss:
 
 def trained_tokens(batch: MicroBatch) -> jax.Array:
     """How many tokens have a label, int32 []."""
-    return (batch["labels"] != IGNORE).sum(dtype=jnp.int32)
+    return (batch["labels"] >= 0).sum(dtype=jnp.int32)

@@ -30,7 +30,8 @@ costs more than compiling every layer."""
 
 AUTO = "auto"
 FASTEST_FIRST = ("mlp", "attention", "offload_attention", "offload")
-"""What `AUTO` chooses from: every other level is slower than one that needs less memory."""
+"""What `AUTO` chooses from. "block" is not among them: "offload_attention" was as fast in less memory (see
+docs/performance.md)."""
 
 _ALIASES: dict[bool | str, str] = {True: "block", False: "none", "unsloth": AUTO}
 

@@ -125,12 +125,10 @@ class Trainer:
                 compiler_options(remat(name)),
             )  # fmt: skip
 
-        asked = level(
-            model.gradient_checkpointing
-            if args.gradient_checkpointing is None
-            else args.gradient_checkpointing
-        )
-        step = self.step = FittingStep(step_at, loss_of, asked)
+        asked, option = args.gradient_checkpointing, "gradient_checkpointing"
+        if asked is None:
+            asked, option = model.gradient_checkpointing, "use_gradient_checkpointing"
+        step = self.step = FittingStep(step_at, loss_of, level(asked), option)
         # There is one copy of the weights: while they are trained, the model's are the newest.
         state = init_state(trained, optimizer, consume=trains_all)
         self.log_history = []

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtune import SFTConfig, SFTTrainer
 from jaxtune.errors import DeviceMemoryError
+from jaxtune.language_model import LanguageModel
+from jaxtune.training import fitting
 from jaxtune.training.fitting import FittingStep, Size, first_fitting, kept_by, needed_by
 from jaxtune.training.losses import next_token_loss, unwatched
 from jaxtune.training.optimizers import adamw
@@ -103,7 +106,7 @@ def run(model):
     }
     state = lambda: init_state(tiny.lora(model), optimizer)
     return (
-        lambda asked, room: FittingStep(steps.__getitem__, loss_at, asked, lambda: room),
+        lambda asked, room: FittingStep(steps.__getitem__, loss_at, asked, room=lambda: room),
         (state, tiny.params(model), tiny.batch()),
     )
 
@@ -158,20 +161,40 @@ def test_too_little_memory_names_the_level_that_fits(run):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(arguments[:2])), "nothing ran"
 
 
-@pytest.mark.parametrize(
-    ("free", "settings"),
-    [
-        (1.2 * GB, "per_device_train_batch_size=2 with gradient_accumulation_steps=4 "),
-        (0.6 * GB, "per_device_train_batch_size=1 with gradient_accumulation_steps=8 "),
-        (0.3 * GB, "max_length=16 "),
-    ],
-)
+@pytest.mark.parametrize(("free", "k", "takes"), [(1.2, 2, "1.0"), (0.6, 4, "0.5"), (0.3, 8, "0.3")])
 @pytest.mark.parametrize("asked", ["offload", "auto", "block"])
-def test_too_little_memory_names_the_batch_that_fits(run, free, settings, asked):
+def test_too_little_memory_names_the_batch_that_fits(run, free, k, takes, asked):
+    """Of 4 rows of 32 tokens: fewer rows, then shorter ones; `segment_lengths` goes along."""
     step_in, (state, params, batch) = run
+    A, R, L = batch["tokens"].shape
+    batch = {**batch, "segment_lengths": np.full((A, R, 2), L // 2, np.int32)}
     with pytest.raises(DeviceMemoryError) as caught:
-        step_in(asked, Size(int(free), 50 * GB))(state(), params, batch)
-    assert f"Set {settings}(and use_gradient_checkpointing='offload')" in caught.value.fix
+        step_in(asked, Size(int(free * GB), 50 * GB))(state(), params, batch)
+    assert f"Divide per_device_train_batch_size by {k} and multiply gradient_acc" in caught.value.fix
+    assert f"with use_gradient_checkpointing='offload' that takes {takes} GB" in caught.value.fix
+
+
+def test_the_advice_names_the_setting_that_was_given(model, monkeypatch):
+    """Through a trainer, whose batches and programs are real."""
+    language_model = LanguageModel(
+        model, tiny.params(model), lora=tiny.lora(model), gradient_checkpointing="mlp"
+    )
+    samples = [{"input_ids": list(range(1, 9))}] * 8
+    settings = dict(per_device_train_batch_size=8, max_steps=1)
+
+    def advice(**more):
+        trainer = SFTTrainer(language_model, SFTConfig(**settings, **more), train_dataset=samples)
+        with pytest.raises(DeviceMemoryError) as caught:
+            trainer.train()
+        return caught.value.fix
+
+    # "mlp", three smaller levels, half the batch; then "mlp", "attention".
+    sizes = iter([2, 2, 2, 2, 1, 2, 1])
+    monkeypatch.setattr(fitting, "free_room", lambda: Size(1, GB))
+    monkeypatch.setattr(fitting, "needed_by", lambda program: Size(next(sizes)))
+    monkeypatch.setattr(fitting, "kept_by", lambda *_: 0)
+    assert advice().startswith("Divide per_device_train_batch_size by 2 and")
+    assert advice(gradient_checkpointing="mlp").startswith("Set gradient_checkpointing='attention',")
 
 
 def test_nothing_fits(run):

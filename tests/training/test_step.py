@@ -12,7 +12,7 @@ from jaxtune.errors import OptionError, TrainingError
 from jaxtune.training import loop
 from jaxtune.training.losses import next_token_loss, of_all_weights, unwatched
 from jaxtune.training.optimizers import adamw, any_promotion, schedule
-from jaxtune.training.remat import LEVELS, level, remat
+from jaxtune.training.remat import LEVELS, compiler_options, level, remat
 from jaxtune.training.step import init_state, make_step, value_and_grad
 from tests.kit import tiny
 from tests.kit.compare import assert_close, assert_trees_close
@@ -248,6 +248,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(case):
     with pytest.raises(TrainingError, match="At step 1 the loss is nan"):
         loop.run(step, init_state(lora, optimizer), params, [(tiny.batch(), {})] * 2, seen.append)
     assert not seen
+
+
+def test_options_reach_the_compiler(case):
+    model, params, lora = case
+    rate = lambda step: jnp.float32(1e-3)
+    optimizer = adamw(rate, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.0)
+    step = make_step(
+        unwatched(next_token_loss(model)), optimizer, rate, 1.0, compiler_options={"xla_no_such_option": True}
+    )
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        step(init_state(lora, optimizer), params, tiny.batch())
+
+
+def test_pieces_are_left_to_cublas():
+    assert compiler_options(remat("offload")) == {"xla_gpu_enable_triton_gemm": False}
+    assert compiler_options(remat("block")) == {}
 
 
 def test_level_names():

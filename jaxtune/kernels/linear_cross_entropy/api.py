@@ -57,7 +57,8 @@ def nll_and_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """What `linear_cross_entropy` returns, and the entropy of softmax(logits) in nats, float32 [T] both; 0 where there
     is no label. `entropy_gradient=False` makes the entropy a constant, to be watched alone: its gradient costs a third
-    product of the head's size, chunks of half the size, and memory for as many hidden states again."""
+    product of the head's size, chunks of half the size (unless `chunk` says otherwise), and memory for as many hidden
+    states again."""
     form = reference.Form(scale, softcap, temperature)
     nll_T, entropy_T = _of_tokens(
         x_TD, w_VD, labels_T, form, chunk, implementation, values=2, gradients=1 + entropy_gradient

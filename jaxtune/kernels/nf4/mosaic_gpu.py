@@ -1,7 +1,8 @@
 """Dequantising in one pass over device memory: packed bytes and scales in, 16-bit weights out, in the XLA reference's
 bits. A program takes one group of scales, 256 blocks: 128 tiles of 64 bytes, whose two nibble planes are a block each.
 
-The layers' stacks are read where they lie: a layer is an index, not a slice, which would be copied first.
+It can read a layer of stacks where it lies, by its index. Weights are given as stacks of one all the same: of a slice,
+XLA makes a copy that took 1.3 us more at 14336 x 4096.
 """
 
 import functools
