@@ -49,7 +49,7 @@ def test_too_small(format, free, said):
 
 def test_it_is_asked_before_a_weight_is_read(tmp_path, monkeypatch):
     folder = models.save(models.random_llama(), tmp_path / "model")
-    small = Device(10**5)
+    small = Device(10**8)
     monkeypatch.setattr(load, "require_room", lambda leaves, _, **how: require_room(leaves, small, **how))
     monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("a weight was read"))
     with pytest.raises(DeviceMemoryError, match=r"need .* GB, and NVIDIA Test has 0\.1 GB free"):
