@@ -96,18 +96,37 @@ class FittingStep:
         """`option` is what errors call the setting that was asked for."""
         self._step_at, self._loss_at, self._asked, self._option = step_at, loss_at, asked, option
         self._room = room or free_room
-        self._programs: dict[Any, jax.stages.Compiled] = {}
+        self._programs: dict[Any, tuple[str, jax.stages.Compiled]] = {}
         self.level: str | None = None
-        """That of the program that was compiled last."""
+        """That of the program that ran last."""
 
     def __call__(self, state: TrainState, frozen: Tree, batch: MicroBatch) -> tuple[TrainState, Metrics]:
         leaves, structure = jax.tree.flatten((state, batch))
         key = structure, tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
         if key not in self._programs:
             self._programs[key] = self._fitting(state, frozen, batch)
-        return self._programs[key](state, frozen, batch)
+        self.level, program = self._programs[key]
+        try:
+            return program(state, frozen, batch)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise self._ran_out(self.level, needed_by(program)) from error
 
-    def _fitting(self, state: TrainState, frozen: Tree, batch: MicroBatch) -> jax.stages.Compiled:
+    def _ran_out(self, level: str, size: Size) -> DeviceMemoryError:
+        """What fits by its size may not find a piece as large, or another process takes it."""
+        smaller = next(iter(candidates(level, memory_is_known=True)[1]), None)
+        room = self._room()
+        return DeviceMemoryError(
+            f"The device ran out of memory in a step at gradient checkpointing {level!r}, which takes {_text(size)}"
+            + (f"; free are {_text(room, gb_free)}." if room else "."),
+            expected="that much in one piece.",
+            fix=f"Set {self._option}={smaller!r}."
+            if smaller
+            else "Divide per_device_train_batch_size by 2 and multiply gradient_accumulation_steps by 2.",
+        )
+
+    def _fitting(self, state: TrainState, frozen: Tree, batch: MicroBatch) -> tuple[str, jax.stages.Compiled]:
         room = self._room()
         levels, smaller = candidates(self._asked, memory_is_known=room is not None)
 
@@ -124,13 +143,12 @@ class FittingStep:
             )  # fmt: skip
 
         if room is None:
-            (self.level,) = levels
-            return program(self.level)
+            return levels[0], program(levels[0])
         needed = functools.cache(lambda level: needed_by(program(level)))
-        self.level = first_fitting(levels, room, kept, needed)
-        if self.level is not None:
-            log.info("gradient checkpointing %r: the step takes %s", self.level, _text(needed(self.level)))
-            return program(self.level)
+        level = first_fitting(levels, room, kept, needed)
+        if level is not None:
+            log.info("gradient checkpointing %r: the step takes %s", level, _text(needed(level)))
+            return level, program(level)
         tried = levels[-1]
         at_least = kept(tried) > room.device
         size = Size(kept(tried)) if at_least else needed(tried)

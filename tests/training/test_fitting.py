@@ -197,6 +197,37 @@ def test_the_advice_names_the_setting_that_was_given(model, monkeypatch):
     assert advice(gradient_checkpointing="mlp").startswith("Set gradient_checkpointing='attention',")
 
 
+@pytest.mark.parametrize(
+    ("asked", "fix"),
+    [
+        ("mlp", "use_gradient_checkpointing='attention'"),
+        ("offload", "Divide per_device_train_batch_size by 2"),
+    ],
+)
+def test_running_out_all_the_same_says_what_is_smaller(run, monkeypatch, asked, fix):
+    step_in, (state, params, batch) = run
+
+    def run_out(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+
+    monkeypatch.setattr(MadeUp, "__call__", run_out)
+    with pytest.raises(DeviceMemoryError, match=f"ran out of memory in a step .* {asked!r}") as caught:
+        step_in(asked, Size(60 * GB, 50 * GB))(state(), params, batch)
+    assert fix in caught.value.fix
+    assert "free are 60.0 GB" in caught.value.found
+
+
+def test_other_errors_stay_what_they_are(run, monkeypatch):
+    step_in, (state, params, batch) = run
+
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(MadeUp, "__call__", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        step_in("offload", Size(60 * GB, 50 * GB))(state(), params, batch)
+
+
 def test_nothing_fits(run):
     step_in, (state, params, batch) = run
     with pytest.raises(DeviceMemoryError, match="a larger device, or a smaller model"):
