@@ -65,8 +65,9 @@ def main():
     parser.add_argument("--name", default="account", help="of the result file")
     args = parser.parse_args()
     enable_cache()
-    sizes, level = args.row.split(":")
-    batch, length, accumulation = map(int, sizes.split("x"))
+    batch, length, accumulation, mean, level = sft.Row.parse(args.row)
+    if mean is not None:
+        parser.error("rows of one segment only")
 
     model = FastLanguageModel.get_peft_model(sft.random_model(args.shape), r=16, lora_alpha=16)
     rate = lambda step: jax.numpy.float32(1e-4)
@@ -86,7 +87,8 @@ def main():
     )
     assert model.lora is not None
     state = init_state(model.lora, optimizer)
-    memory = step.lower(state, model.params, given).compile().memory_analysis()
+    step = step.lower(state, model.params, given).compile()
+    memory = step.memory_analysis()
     for _ in range(3):
         state, metrics = step(state, model.params, given)
     jax.block_until_ready(metrics)

@@ -133,19 +133,23 @@ def dequantize(w: "PackedArray | jax.Array", dtype: Any = None) -> jax.Array:
     return jnp.asarray(w, dtype)
 
 
+def _is_packed_array(leaf: Any) -> bool:
+    return isinstance(leaf, PackedArray)
+
+
 def is_packed(tree: Any) -> bool:
     """Whether every weight in the tree is a packed array; what has one axis is none."""
-    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, PackedArray))
-    return all(isinstance(leaf, PackedArray) or leaf.ndim < 2 for leaf in leaves)
+    leaves = jax.tree.leaves(tree, is_leaf=_is_packed_array)
+    return all(_is_packed_array(leaf) or leaf.ndim < 2 for leaf in leaves)
 
 
 def dequantized[Tree](tree: Tree, dtype: Any) -> Tree:
     """The tree with its packed arrays as numbers."""
 
     def plain(leaf: Any) -> Any:
-        return leaf.dequantize(dtype) if isinstance(leaf, PackedArray) else leaf
+        return leaf.dequantize(dtype) if _is_packed_array(leaf) else leaf
 
-    return jax.tree.map(plain, tree, is_leaf=lambda leaf: isinstance(leaf, PackedArray))
+    return jax.tree.map(plain, tree, is_leaf=_is_packed_array)
 
 
 def bytes_per_weight(w: PackedArray) -> float:

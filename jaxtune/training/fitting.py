@@ -121,9 +121,7 @@ class FittingStep:
             f"The device ran out of memory in a step at gradient checkpointing {level!r}, which takes {_text(size)}"
             + (f"; free are {_text(room, gb_free)}." if room else "."),
             expected="that much in one piece.",
-            fix=f"Set {self._option}={smaller!r}."
-            if smaller
-            else "Divide per_device_train_batch_size by 2 and multiply gradient_accumulation_steps by 2.",
+            fix=f"Set {self._option}={smaller!r}." if smaller else f"{_batches_divided_by(2)}.",
         )
 
     def _fitting(self, state: TrainState, frozen: Tree, batch: MicroBatch) -> tuple[str, jax.stages.Compiled]:
@@ -174,10 +172,14 @@ class FittingStep:
             size = needed_by(self._step_at(level).lower(state, frozen, _fewer_tokens(batch, k)).compile())
             if size.fits(room):
                 return (
-                    f"Divide per_device_train_batch_size by {k} and multiply gradient_accumulation_steps by {k}, or "
-                    f"make samples that much shorter; with {self._option}={level!r} that takes {_text(size)}."
+                    f"{_batches_divided_by(k)}, or make samples that much shorter; "
+                    f"with {self._option}={level!r} that takes {_text(size)}."
                 )
         return None
+
+
+def _batches_divided_by(k: int) -> str:
+    return f"Divide per_device_train_batch_size by {k} and multiply gradient_accumulation_steps by {k}"
 
 
 def _fewer_tokens(batch: MicroBatch, k: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -24,9 +24,9 @@ LEVELS: dict[str, Remat] = {
     "offload_attention": _SMALL._replace(policy=_policies.save_only_these_names("qkv", *_ATTENTION)),
     "offload": _SMALL._replace(policy=_policies.nothing_saveable),
 }
-"""From fastest and largest to smallest: keep all; keep what enters the elementwise MLP; keep attention's; keep the
-blocks' inputs alone; keep those in the host's pinned memory. Where the most is kept, copying it in and out of stacks
-costs more than compiling every layer."""
+"""From what needs most of the device's memory to what needs least: keep all; keep what enters the elementwise MLP; keep
+attention's; keep the blocks' inputs alone; keep those and attention's in the host's pinned memory; keep the inputs
+alone there. Where the most is kept, copying it in and out of stacks costs more than compiling every layer."""
 
 AUTO = "auto"
 FASTEST_FIRST = ("mlp", "attention", "offload_attention", "offload")
