@@ -33,7 +33,12 @@ def test_a_run_is_recorded_with_the_kernels_that_it_checked(tmp_path: Path, monk
     assert {"device", "date", "versions"} <= result.keys()
 
 
-@pytest.mark.parametrize("stats", [{}, {"passed": [report("c")]}, {"skipped": [report("e", "gpu")]}])
+UNREADABLE = {"error": [SimpleNamespace(nodeid="a file that could not be imported")]}
+
+
+@pytest.mark.parametrize(
+    "stats", [{}, {"passed": [report("c")]}, {"skipped": [report("e", "gpu")]}, UNREADABLE]
+)
 def test_a_run_without_a_gpu_is_none(stats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("JAXTUNE_RESULTS", str(tmp_path))
     assert gpu_runs.record(stats) is None

@@ -29,7 +29,8 @@ def staleness(folder: Path = harness.RESULTS) -> str | None:
 
 def record(reports: Mapping[str, Sequence[Any]]) -> Path | None:
     """Writes down a run of the GPU's tests, if JAXTUNE_RESULTS says where. `reports` are pytest's, by outcome."""
-    of_gpu = {o: [r for r in reports.get(o, ()) if "gpu" in r.keywords] for o in OUTCOMES}
+    # A file that could not be imported has a report without keywords.
+    of_gpu = {o: [r for r in reports.get(o, ()) if "gpu" in getattr(r, "keywords", ())] for o in OUTCOMES}
     ran = sum(len(of_gpu[outcome]) for outcome in OUTCOMES if outcome != "skipped")
     if not ran or not os.environ.get("JAXTUNE_RESULTS"):
         return None
