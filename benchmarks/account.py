@@ -82,7 +82,7 @@ def main():
             "labels": np.roll(tokens, -1, -1),
             "segment_ids": np.ones(shape, np.int32),
             "positions": np.broadcast_to(np.arange(length, dtype=np.int32), shape),
-            "segment_lengths": np.full((accumulation, batch, 1), length, np.int32),
+            "piece_lengths": np.full((accumulation, batch, 1), length, np.int32),
         }
     )
     assert model.lora is not None

@@ -28,6 +28,8 @@ from jax import lax
 from benchmarks.harness import ROOT, record, result_path, time_by_turns
 from benchmarks.shapes import SHAPES
 from jaxtune.compilation import enable_cache
+from jaxtune.data.layout import Shape
+from jaxtune.data.pieces import piece_lengths
 from jaxtune.kernels import nf4, scaled
 from jaxtune.kernels.attention import api as attention_api
 from jaxtune.kernels.attention import attention
@@ -208,10 +210,10 @@ def cross_entropy(c: ModelConfig, s: Scale) -> Iterable[Case]:
 
 
 def causal_attention(c: ModelConfig, s: Scale) -> Iterable[Case]:
-    def forward(q, k, v, dout, segments, positions, lengths, *, implementation):
+    def forward(q, k, v, dout, segments, positions, pieces, *, implementation):
         return attention(
             q, k, v, q_segments_BT=segments, kv_segments_BS=segments, q_positions_BT=positions,
-            kv_positions_BS=positions, lengths_BM=lengths, scale=c.attention_scale, implementation=implementation,
+            kv_positions_BS=positions, pieces_GM=pieces, scale=c.attention_scale, implementation=implementation,
         )  # fmt: skip
 
     def both(q, k, v, dout, *where, implementation):
@@ -225,14 +227,14 @@ def causal_attention(c: ModelConfig, s: Scale) -> Iterable[Case]:
         q, k = bf16(rows, length, c.num_heads, c.head_dim), bf16(rows, length, c.num_kv_heads, c.head_dim)
         segments = np.tile(np.repeat(np.arange(1, parts + 1), segment), (rows, 1)).astype(np.int32)
         positions = np.tile(np.arange(segment), (rows, parts)).astype(np.int32)
-        lengths = np.full((rows, parts), segment, np.int32)
+        pieces = piece_lengths([[segment] * parts] * rows, Shape(1, rows, length))[0]
         size = f"{rows} x {length}, {c.num_heads} on {c.num_kv_heads} heads of {c.head_dim}"
         layout = "" if parts == 1 else f", packed by {segment}"
         return Case(
             f"{what}, {size}{layout}", (q, k, k, q), each(attention_api.IMPLEMENTATIONS, function),
             moved=nbytes((q, k, k, q)) * (1 if products == 2 else 2),
             flops=products * rows * length * segment * c.num_heads * c.head_dim,
-            given=(segments, positions, lengths),
+            given=(segments, positions, pieces),
         )  # fmt: skip
 
     yield case("forward", forward, s.rows, s.length, s.length, 2)

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.data.layout import Limits, Shape, cheapest_fit, shape_menu, spread
+from jaxtune.data.pieces import Packing, piece_lengths
 from jaxtune.data.sample import IGNORED, Sample
 from jaxtune.errors import DatasetError, OptionError
 
 type Batch = dict[str, np.ndarray]
 """`tokens`, `labels`, `segment_ids`, `positions`: int32 [A, R, L], micro-batches of rows of tokens. `labels` holds the
 token to predict at each place (the sample's next one), -100 where there is none; `segment_ids` counts a row's samples
-from 1, 0 is padding; `positions` starts again with every sample. `segment_lengths` [A, R, M] holds each sample's
-length, M being a power of two that is enough for every row."""
+from 1, 0 is padding; `positions` starts again with every sample. `piece_lengths` [A, G, M] holds the lengths of
+samples and padding as they lie in the rows (see pieces.py), or [A, R, 1] each row's only sample."""
 
 # The shapes are chosen by looking at so many steps, or at fewer that have so many samples: that takes about 0.2 s.
 MENU_STEPS, MENU_SAMPLES = 512, 4096
@@ -64,11 +65,11 @@ class BatchStream:
         limits = Limits(accumulation, batch_size, max(self._lengths))
         steps = list(islice(self._step_lengths(), min(MENU_STEPS, max(16, MENU_SAMPLES // self._step_size))))
         self.shapes: tuple[Shape, ...] = shape_menu(steps, limits)
-        self._segments = dict.fromkeys(self.shapes, 1)
+        self._packings: dict[Shape, Packing | None] = dict.fromkeys(self.shapes)
         for lengths in steps:
             shape = cheapest_fit(lengths, self.shapes)
-            rows = spread(lengths, shape.all_rows)
-            self._segments[shape] = max(self._segments[shape], *map(len, rows))
+            rows = [[lengths[member] for member in row] for row in spread(lengths, shape.all_rows)]
+            self._packings[shape] = Packing.of_step(rows, shape, self._packings[shape])
 
     @property
     def steps_per_epoch(self) -> int:
@@ -81,7 +82,7 @@ class BatchStream:
         members = self._order[self._cursor : self._cursor + self._step_size].tolist()
         samples = [self._samples[member] for member in members]
         shape = cheapest_fit([self._lengths[member] for member in members], self.shapes)
-        batch = lay_out(samples, shape, self._segments[shape])
+        batch = lay_out(samples, shape, self._packings[shape])
         self._cursor += len(members)
         steps = -(-self._cursor // self._step_size)
         info = StepInfo(
@@ -139,16 +140,14 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(bits, kind="stable")
 
 
-def lay_out(samples: Sequence[Sample], shape: Shape, segments: int = 1) -> Batch:
-    """The samples end to end in the rows of a batch of this shape, none cut; so many `segments` a row are expected."""
+def lay_out(samples: Sequence[Sample], shape: Shape, packing: Packing | None = None) -> Batch:
+    """The samples end to end in the rows of a batch of this shape, none cut; `packing` is what other steps need."""
     batch: Batch = {
         name: np.zeros(shape, dtype=np.int32) for name in ("tokens", "labels", "segment_ids", "positions")
     }
     batch["labels"].fill(IGNORED)
     rows = {name: array.reshape(shape.all_rows, shape.length) for name, array in batch.items()}
     rows_of_samples = spread([len(sample.input_ids) for sample in samples], shape.all_rows)
-    most = max(segments, *map(len, rows_of_samples))
-    lengths = np.zeros((shape.all_rows, 1 << (most - 1).bit_length()), np.int32)
     for row, members in enumerate(rows_of_samples):
         start = 0
         for segment, member in enumerate(members, start=1):
@@ -158,6 +157,6 @@ def lay_out(samples: Sequence[Sample], shape: Shape, segments: int = 1) -> Batch
             rows["labels"][row, start : end - 1] = sample.labels[1:]
             rows["segment_ids"][row, start:end] = segment
             rows["positions"][row, start:end] = np.arange(end - start)
-            lengths[row, segment - 1] = end - start
             start = end
-    return batch | {"segment_lengths": lengths.reshape(shape.micro_batches, shape.rows, -1)}
+    lengths = [[len(samples[member].input_ids) for member in row] for row in rows_of_samples]
+    return batch | {"piece_lengths": piece_lengths(lengths, shape, packing)}

@@ -53,7 +53,7 @@ class CausalLM:
         segments_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
         cache: KVCache | None = None,
-        segment_lengths: jax.Array | None = None,
+        piece_lengths: jax.Array | None = None,
         remat: Remat | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
@@ -61,9 +61,9 @@ class CausalLM:
 
         `segments_BT` says which tokens see each other (0 is padding, so an attention mask will do); positions default
         to counting the real tokens of a row, which is right for one sequence per row, padded on either side.
-        `segment_lengths` [B, segments] promises that a row's segments lie end to end from its start, so long each. The
-        cache must have room for all T tokens: a full one would overwrite its last columns. Without a `dropout_key`
-        nothing is dropped."""
+        `piece_lengths` [G, M] promises that segments and padding lie end to end, so long each, and [B, 1] that each row
+        has one segment (see `kernels.attention`). The cache must have room for all T tokens: a full one would overwrite
+        its last columns. Without a `dropout_key` nothing is dropped."""
         if segments_BT is None:
             segments_BT = jnp.ones(tokens_BT.shape, jnp.int32)
         segments_BT = jnp.asarray(segments_BT, jnp.int32)
@@ -79,7 +79,7 @@ class CausalLM:
             lora = with_settings(lora, self.lora_config, self.module_names, dropout_key)
         decoder = nnx.merge(_define(self.config)[0], params)
         return decoder(
-            tokens_BT, segments_BT, positions_BT, lora, cache, remat, self.dtype(params), segment_lengths
+            tokens_BT, segments_BT, positions_BT, lora, cache, remat, self.dtype(params), piece_lengths
         )
 
     def dtype(self, params: Params) -> jnp.dtype:

@@ -43,7 +43,7 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         remat: Remat | None = None,
         dtype: Any = None,
-        lengths: jax.Array | None = None,
+        pieces: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Hidden states [B, T, M] after the final norm, and the cache with these tokens in it. `dtype` is computed in;
         None is the embedding's."""
@@ -57,7 +57,7 @@ class Decoder(nnx.Module):
             positions_BT if cache is None else cache.positions_BS,
             tuple(rope.tables(positions_BT, np.asarray(f, np.float32), factor) for f, factor in self.ropes),
             column,
-            None if cache is not None else lengths,
+            None if cache is not None else pieces,
         )
         x_BTM = self.embed(tokens_BT, part(lora, "embed_tokens"), dtype)
         for s, blocks in enumerate(self.layers):

@@ -32,8 +32,8 @@ class Where(NamedTuple):
     """cos and sin for each of the model's ropes."""
     column: jax.Array | None
     """The cache's column that the first token goes to; None without a cache."""
-    lengths_BM: jax.Array | None = None
-    """Of the segments of each row, if they lie end to end (see `kernels.attention`)."""
+    pieces_GM: jax.Array | None = None
+    """Lengths of what lies end to end in the rows, if it does (see `kernels.attention`)."""
 
 
 def part(lora: Any, name: str | int) -> Any:
@@ -144,7 +144,7 @@ class Attention(nnx.Module):
             kv_segments_BS=where.kv_segments_BS,
             q_positions_BT=where.positions_BT,
             kv_positions_BS=where.kv_positions_BS,
-            lengths_BM=where.lengths_BM,
+            pieces_GM=where.pieces_GM,
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,

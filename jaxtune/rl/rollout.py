@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxtune.data.batches import Batch, lay_out
 from jaxtune.data.layout import MENU_SIZE, Limits, Shape, bucket, cheapest_fit, spread
+from jaxtune.data.pieces import Packing
 from jaxtune.data.sample import IGNORED, Sample
 from jaxtune.inference.generate import generate
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
@@ -97,8 +98,10 @@ def lay_out_rollout(
     ]
     lengths = [len(sample.input_ids) for sample in samples]
     shape = cheapest_fit(lengths, menu)
-    batch = lay_out(samples, shape)
     rows = spread(lengths, shape.all_rows)  # as `lay_out` places them
+    # However long a completion became, the program is the same.
+    packing = Packing(longest=shape.length, number=0) if any(len(row) > 1 for row in rows) else None
+    batch = lay_out(samples, shape, packing)
     member_of = np.zeros((shape.all_rows, 1 + max(map(len, rows))), np.int32)
     for row, members in enumerate(rows):
         member_of[row, 1 : 1 + len(members)] = members

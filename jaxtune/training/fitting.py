@@ -188,13 +188,20 @@ def _fewer_tokens(batch: MicroBatch, k: int) -> dict[str, jax.ShapeDtypeStruct]:
     rows, length = (math.ceil(R / k), L) if k <= R else (1, math.ceil(R * L / k))
 
     def smaller(x):
-        # [A, R, L] for each token, [A, R, M] for each segment, [A] for each micro-batch.
-        shape = (
-            (A * k, rows, length if x.shape[2] == L else x.shape[2]) if x.ndim == 3 else (A * k, *x.shape[1:])
-        )
-        return jax.ShapeDtypeStruct(shape, x.dtype)
+        # [A, R, L] for each token, [A, G, M] for pieces, [A] for each micro-batch.
+        if x.ndim != 3:
+            shape = x.shape[1:]
+        elif x.shape[1:] == (R, L):
+            shape = rows, length
+        else:
+            shape = rows if x.shape[2] == 1 else _groups(rows * length, x.shape[1] // k), x.shape[2]
+        return jax.ShapeDtypeStruct((A * k, *shape), x.dtype)
 
     return {name: smaller(x) for name, x in batch.items()}
+
+
+def _groups(tokens: int, at_most: int) -> int:
+    return next(groups for groups in range(max(1, at_most), 0, -1) if tokens % groups == 0)
 
 
 def _text(size: Size, gb: Callable[[int], str] = gb_needed) -> str:

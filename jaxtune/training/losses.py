@@ -13,7 +13,7 @@ from jaxtune.models.layer_loop import Remat
 
 MicroBatch = Mapping[str, jax.Array]
 """`tokens`, `labels`, `segment_ids`, `positions`, int32 [R, L] (a whole batch: [A, R, L]); labels are already shifted,
--100 is not trained on, nor is any negative number. `segment_lengths` [R, M] promises rows without gaps (see
+-100 is not trained on, nor is any negative number. `piece_lengths` [G, M] promises rows without gaps (see
 `kernels.attention`). A `dropout_key` [] (a whole batch: [A]) makes the adapter drop inputs, if its settings do."""
 
 Loss = Callable[[Lora | None, Params, MicroBatch], jax.Array]
@@ -57,7 +57,7 @@ def _of_labels(
             batch["tokens"],
             segments_BT=batch["segment_ids"],
             positions_BT=batch["positions"],
-            segment_lengths=batch.get("segment_lengths"),
+            piece_lengths=batch.get("piece_lengths"),
             remat=remat,
             dropout_key=batch.get("dropout_key"),
         )

@@ -60,16 +60,6 @@ class TestArrays:
         assert batch["positions"].tolist() == [[[0, 1, 2, 0, 1, 0, 0, 0]]]
         assert {array.dtype for array in batch.values()} == {np.dtype(np.int32)}
 
-    def test_lengths_say_where_the_samples_lie(self):
-        batch = lay_out(ragged(5), Shape(1, 2, 1024))
-        segments, lengths = batch["segment_ids"][0], batch["segment_lengths"][0]
-        assert lengths.shape == (2, 4), "a power of two"
-        for row, line in zip(segments, lengths, strict=True):
-            assert line.tolist() == [(row == segment).sum() for segment in (1, 2, 3, 4)]
-        assert lay_out([sample(3)], Shape(1, 1, 8), segments=3)["segment_lengths"].tolist() == [
-            [[3, 0, 0, 0]]
-        ]
-
     def test_labels_are_the_next_token_of_the_same_sample(self):
         batch = lay_out([sample(3, 10, untrained=1), sample(2, 20)], Shape(1, 1, 8))
         assert batch["labels"].tolist() == [[[11, 12, -100, 21, -100, -100, -100, -100]]]
@@ -211,14 +201,6 @@ class TestStream:
     def test_every_step_has_a_shape_of_the_menu(self):
         stream = BatchStream(ragged(40), batch_size=2, accumulation=4, seed=0)
         assert {batch["tokens"].shape for batch, _ in itertools.islice(stream, 30)} <= set(stream.shapes)
-
-    def test_a_shape_is_one_program_all_along(self):
-        """The number of segments a row is one that the whole run needs, not each step's own."""
-        stream = BatchStream(ragged(64, high=100), batch_size=8, accumulation=2)
-        seen = {}
-        for batch, _ in itertools.islice(stream, 24):
-            seen.setdefault(batch["tokens"].shape, set()).add(batch["segment_lengths"].shape)
-        assert all(len(shapes) == 1 for shapes in seen.values())
 
     def test_what_is_known_about_a_step(self):
         samples = [sample(60, untrained=20), sample(50)]

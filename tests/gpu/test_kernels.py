@@ -114,7 +114,7 @@ def test_more_queries_than_32_bits_can_count():
     def ours(q, k, v):
         return attention(
             q, k, v, q_segments_BT=segments, kv_segments_BS=segments, q_positions_BT=positions,
-            kv_positions_BS=positions, lengths_BM=jnp.array([[T]]), scale=D**-0.5, implementation="cudnn",
+            kv_positions_BS=positions, pieces_GM=jnp.array([[T]]), scale=D**-0.5, implementation="cudnn",
         )  # fmt: skip
 
     q_HD, k_SD, v_SD = (x.astype(jnp.float32) for x in (q[0, -1, -(H // K) :], k[0, :, -1], v[0, :, -1]))

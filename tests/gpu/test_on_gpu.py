@@ -74,7 +74,7 @@ def test_cudnn_is_what_a_step_uses():
     assert implementations()["attention"] == "cudnn"
     model = tiny.model()
     batch = {name: jnp.asarray(each[0]) for name, each in tiny.batch().items()}
-    batch["segment_lengths"] = jnp.full((len(batch["tokens"]), 2), batch["tokens"].shape[1] // 2, jnp.int32)
+    batch["piece_lengths"] = jnp.full((len(batch["tokens"]), 2), batch["tokens"].shape[1] // 2, jnp.int32)
     loss = next_token_loss(model)
     lowered = jax.jit(jax.grad(loss)).lower(tiny.lora(model), tiny.params(model, "bfloat16"), batch)
     assert "cudnn" in lowered.as_text()

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtune.data.layout import Shape
+from jaxtune.data.pieces import piece_lengths
 from jaxtune.kernels import nf4, scaled
 from jaxtune.kernels.attention import api as attention_api
 from jaxtune.kernels.attention import attention
@@ -308,9 +310,19 @@ ROWS: dict[str, tuple[Sizes, Sizes]] = {
     "packed": (((7, 10, 3, 4), (1, 22, 0, 0)), ((300, 500, 1200, 48), (1, 1900, 0, 0))),
     "a row of padding": (((24, 0), (0, 0)), ((1000, 1048), (0, 0))),
     "segments of no tokens": (((7, 0, 10, 0), (0, 0, 22, 1)), ((300, 0, 500, 0), (0, 0, 1900, 1))),
+    "short segments": (((3,) * 8, (5,) * 4 + (0,) * 4), ((17,) * 120, (90,) * 22 + (0,) * 98)),
     "one token": (((1,), (1,)), ((1,), (1,))),
 }
 """Lengths of the segments in rows of the longest sum."""
+
+
+def pieces_of(lengths: np.ndarray, tokens: int) -> np.ndarray:
+    """[G, M]: as a trainer lays them out, but with what is 0 first, if a row has segments of no tokens."""
+    rows = [[length for length in line if length] for line in lengths.tolist()]
+    pieces = piece_lengths(rows, Shape(1, len(rows), tokens))[0]
+    if any(0 in line[: len(row)] for line, row in zip(lengths.tolist(), rows, strict=True)):
+        pieces = np.roll(pieces.reshape(-1), (pieces == 0).sum()).reshape(pieces.shape)
+    return pieces
 
 
 def attention_cases() -> Iterator[Case]:
@@ -325,24 +337,24 @@ def attention_cases() -> Iterator[Case]:
         q, k, v, dout = (
             normal(keys, *segments.shape, h, size, dtype=dtype) for h in (heads, kv_heads, kv_heads, heads)
         )
-        return q, k, v, dout, segments, positions, lengths
+        return q, k, v, dout, segments, positions, pieces_of(lengths, tokens)
 
     def both(attend, q, k, v, dout, segments):
         real = (segments > 0)[:, :, None, None]
         out, pull = jax.vjp(lambda q, k, v: jnp.where(real, attend(q, k, v), 0), q, k, v)
         return out, *pull(dout)
 
-    def ours(q, k, v, dout, segments, positions, lengths, *, implementation, **form):
+    def ours(q, k, v, dout, segments, positions, pieces, *, implementation, **form):
         def attend(q, k, v):
             return attention(
                 q, k, v, q_segments_BT=segments, kv_segments_BS=segments, q_positions_BT=positions,
-                kv_positions_BS=positions, lengths_BM=lengths, scale=q.shape[-1] ** -0.5,
+                kv_positions_BS=positions, pieces_GM=pieces, scale=q.shape[-1] ** -0.5,
                 implementation=implementation, **form,
             )  # fmt: skip
 
         return both(attend, q, k, v, dout, segments)
 
-    def exact(q, k, v, dout, segments, positions, lengths, **form):
+    def exact(q, k, v, dout, segments, positions, pieces, **form):
         attend = lambda q, k, v: plain_attention(q, k, v, segments, positions, q.shape[-1] ** -0.5, **form)
         return both(attend, *(x.astype(jnp.float32) for x in (q, k, v, dout)), segments)
 

@@ -164,10 +164,10 @@ def test_too_little_memory_names_the_level_that_fits(run):
 @pytest.mark.parametrize(("free", "k", "takes"), [(1.2, 2, "1.0"), (0.6, 4, "0.5"), (0.3, 8, "0.3")])
 @pytest.mark.parametrize("asked", ["offload", "auto", "block"])
 def test_too_little_memory_names_the_batch_that_fits(run, free, k, takes, asked):
-    """Of 4 rows of 32 tokens: fewer rows, then shorter ones; `segment_lengths` goes along."""
+    """Of 4 rows of 32 tokens: fewer rows, then shorter ones; `piece_lengths` go along."""
     step_in, (state, params, batch) = run
     A, R, L = batch["tokens"].shape
-    batch = {**batch, "segment_lengths": np.full((A, R, 2), L // 2, np.int32)}
+    batch = {**batch, "piece_lengths": np.full((A, R, 2), L // 2, np.int32)}
     with pytest.raises(DeviceMemoryError) as caught:
         step_in(asked, Size(int(free * GB), 50 * GB))(state(), params, batch)
     assert f"Divide per_device_train_batch_size by {k} and multiply gradient_acc" in caught.value.fix

@@ -24,7 +24,7 @@ def attention(
     q_positions_BT: jax.Array,
     kv_positions_BS: jax.Array,
     scale: float,
-    lengths_BM: jax.Array | None = None,
+    pieces_GM: jax.Array | None = None,
     window: int | None = None,
     softcap: float | None = None,
     implementation: str | None = None,
@@ -35,15 +35,18 @@ def attention(
     `softcap` turns scores into softcap tanh(score / softcap), before the mask. Outputs of padding queries are finite
     and mean nothing.
 
-    `lengths_BM` promises a layout: keys are the queries' own tokens, and a row's segments lie end to end from its
-    start, so long each (0 where there are fewer), with padding after them. Some implementations ask for it.
+    `pieces_GM` promises a layout, which some implementations ask for: keys are the queries' own tokens, and all tokens,
+    row after row, are pieces laid end to end, so long each, zeros aside. A piece is a whole segment, or padding, of at
+    most B T / G tokens: memory may be reserved for G M such pieces. [B, 1] promises one segment in each row, from its
+    start, with padding after it.
+
     `implementation`: see `kernels.choice`. The output is named "attention" for rematerialisation, and what its backward
     pass needs besides "attention_statistics".
     """
-    why_not = lambda: cudnn.why_not_here() or cudnn.why_not(q_BTHD, lengths_BM, softcap)
+    why_not = lambda: cudnn.why_not_here() or cudnn.why_not(q_BTHD, pieces_GM, softcap)
     if choose(NAME, implementation, {**IMPLEMENTATIONS, "cudnn": why_not}) == "cudnn":
-        assert lengths_BM is not None
-        return cudnn.attention(q_BTHD, k_BSKD, v_BSKD, lengths_BM=lengths_BM, scale=scale, window=window)
+        assert pieces_GM is not None
+        return cudnn.attention(q_BTHD, k_BSKD, v_BSKD, pieces_GM=pieces_GM, scale=scale, window=window)
     out = reference.attention(
         q_BTHD,
         k_BSKD,
