@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.compilation import enable_cache
+from jaxtune.device_memory import beside
 from jaxtune.errors import AdapterError, ModelNotFoundError, OptionError
 from jaxtune.inference.generate import ends as ends_with
 from jaxtune.language_model import LanguageModel
@@ -21,6 +22,8 @@ from jaxtune.loading.dtypes import dtypes
 from jaxtune.loading.ends import read_ends
 from jaxtune.loading.hub import resolve
 from jaxtune.loading.load import load_params
+from jaxtune.loading.offloading import offloads_embedding
+from jaxtune.loading.offloading import require_known as require_known_offloading
 from jaxtune.loading.precision import choose_precision, require_known
 from jaxtune.loading.tokenizer import load_tokenizer
 from jaxtune.log import get_logger, show
@@ -49,7 +52,6 @@ _LOAD_WITHOUT_EFFECT = {
     "gpu_memory_utilization": ANY,
     "max_lora_rank": ANY,
     "unsloth_tiled_mlp": ANY,
-    "offload_embedding": (False, "auto"),
     "float8_kv_cache": False,
     "qat_scheme": None,
     "random_state": ANY,
@@ -90,6 +92,7 @@ class FastLanguageModel:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         use_gradient_checkpointing: bool | str = "unsloth",
+        offload_embedding: bool | str = "auto",
     ) -> tuple[LanguageModel, Any]:
         """(model, tokenizer) from a hub id, a folder, or a PEFT adapter's id or folder (its base is found and loaded).
 
@@ -101,6 +104,9 @@ class FastLanguageModel:
         `full_finetuning=True` is for training every weight instead of an adapter. They are kept in `dtype`, in bfloat16
         rounded by chance as they are trained; or with `float32_mixed_precision=True` in float32, and computed with in
         `dtype`.
+
+        `offload_embedding=True` leaves the table of an embedding that is no head as well in the host's memory, from
+        where the device reads the rows that it needs; "auto" does where it would take a twentieth of the device's.
 
         `dtype=None` is bfloat16 on a GPU, float32 on a CPU. `max_seq_length=None` is 2048, or what the model was
         trained for if that is less; beyond that, the rotary embedding of a model without scaling is stretched."""
@@ -118,6 +124,7 @@ class FastLanguageModel:
         show()
         enable_cache()
         level(use_gradient_checkpointing)
+        require_known_offloading(offload_embedding)
         if max_seq_length is not None and (type(max_seq_length) is not int or max_seq_length < 2):
             raise OptionError(
                 f"max_seq_length={max_seq_length!r}.",
@@ -150,9 +157,18 @@ class FastLanguageModel:
             vocab_size=causal_lm.config.vocab_size,
         )
         with Checkpoint(folder) as checkpoint:
-            params = load_params(base_lm, checkpoint, dtype=kept_dtype, precision=precision)
+            params = load_params(
+                base_lm,
+                checkpoint,
+                dtype=kept_dtype,
+                precision=precision,
+                offload_embedding=offloads_embedding(offload_embedding, base_lm, kept_dtype, full_finetuning),
+            )
         tables = unlike(tables, params)
-        params |= {name: {"weight": jnp.asarray(table, kept_dtype)} for name, table in tables.items()}
+        params |= {
+            name: {"weight": beside(jnp.asarray(table, kept_dtype), params[name]["weight"])}
+            for name, table in tables.items()
+        }
         if adapter is not None:
             lora = jax.tree.map(jnp.asarray, lora)
             params = base_of(causal_lm, params)

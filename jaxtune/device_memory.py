@@ -41,6 +41,24 @@ def free_of_host(root: Path = Path("/")) -> int:
     return max(0, min(free))
 
 
+def is_on_host(x: jax.Array) -> bool:
+    """Whether an array, or one that is traced, lies in the host's memory, for a device to read."""
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
+
+
+def on_host(x: jax.Array) -> jax.Array:
+    return jax.device_put(x, jax.memory.Space.Host)
+
+
+def on_device(x: jax.Array) -> jax.Array:
+    return jax.device_put(x, jax.memory.Space.Device)
+
+
+def beside(x: jax.Array, other: jax.Array) -> jax.Array:
+    """x in the memory that `other` lies in."""
+    return on_host(x) if is_on_host(other) else x
+
+
 def gb_needed(size: int) -> str:
     return f"{math.ceil(size / 1e8) / 10:.1f} GB"
 

@@ -17,13 +17,14 @@ import numpy as np
 from jax import lax
 
 from jaxtune import quant
-from jaxtune.device_memory import default_device
+from jaxtune.device_memory import default_device, on_host
 from jaxtune.errors import CheckpointError
 from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.loading.plan import CHUNK, Leaf, element, nbytes, plan, some
 from jaxtune.loading.read_ahead import read_ahead
 from jaxtune.loading.room import require_room
 from jaxtune.loading.stored import Arrays, Plain, Source, Stored
+from jaxtune.lora.config import EMBEDDING
 from jaxtune.lora.tree import insert
 from jaxtune.models.causal_lm import CausalLM, Params
 from jaxtune.progress import progress_bar
@@ -51,13 +52,17 @@ def load_params(
     *,
     dtype: jnp.dtype,
     precision: Format | None = None,
+    offload_embedding: bool = False,
 ) -> Params:
     """The tree of `model.skeleton` with arrays: linears packed in `precision`, all else in `dtype`. Without a
-    precision, what the checkpoint holds packed stays as it is, and others are packed in NF4."""
+    precision, what the checkpoint holds packed stays as it is, and others are packed in NF4. With
+    `offload_embedding`, the embedding's table goes on to the host's pinned memory as soon as it is whole."""
     leaves = plan(model, checkpoint, dtype=dtype, precision=precision)
     device = default_device()
-    require_room(leaves, device, in_flight=IN_FLIGHT)
+    offloaded = {leaf.path for leaf in leaves if offload_embedding and leaf.path[0] == EMBEDDING}
+    require_room([leaf for leaf in leaves if leaf.path not in offloaded], device, in_flight=IN_FLIGHT)
     pieces = [(piece, _size(piece, checkpoint)) for leaf in leaves for piece in _pieces(leaf, checkpoint)]
+    to_come = collections.Counter(piece.leaf.path for piece, _ in pieces)
     buffers: dict[Any, Any] = {}
     flags: dict[str, list[jax.Array]] = collections.defaultdict(list)
     in_flight: collections.deque[tuple[jax.Array, int]] = collections.deque()
@@ -76,6 +81,9 @@ def load_params(
             sent = jax.device_put(arrays, may_alias=False)
             buffers[leaf.path], flag = write(buffers[leaf.path], sent, np.int32(piece.at))
             del arrays, sent
+            to_come[leaf.path] -= 1
+            if leaf.path in offloaded and not to_come[leaf.path]:
+                buffers[leaf.path] = on_host(buffers[leaf.path])
             flags[piece.source.name].append(flag)
             in_flight.append((flag, size))
             while len(in_flight) > 1 and sum(size for _, size in in_flight) > IN_FLIGHT:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtune.device_memory import beside, on_device
 from jaxtune.errors import OptionError, nearest
 from jaxtune.models.causal_lm import CausalLM, Params
 
@@ -72,10 +73,11 @@ def grow(
     rows += -rows % (pad_to_multiple_of or 1)
     names = ["embed_tokens"] if causal_lm.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
     towards = interpolation if method == "interpolation" else 0.0
-    grown = {
-        name: {**params[name], "weight": _grow(params[name]["weight"], first, pieces, rows, towards)}
-        for name in names
-    }
+    grown = {}
+    for name in names:
+        table = params[name]["weight"]
+        new = _grow(on_device(table), first, pieces, rows, towards)
+        grown[name] = {**params[name], "weight": beside(new, table)}
     config = dataclasses.replace(causal_lm.config, vocab_size=rows)
     return dataclasses.replace(causal_lm, config=config), grown
 

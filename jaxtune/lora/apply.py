@@ -38,10 +38,10 @@ def delta(x: jax.Array, adapter: Adapter) -> jax.Array:
     return (x @ a.T) @ b.T
 
 
-def lookup(weight: jax.Array, tokens: jax.Array, adapter: Adapter) -> jax.Array:
-    """Rows of an embedding [V, M], in its dtype: W[t] + s B[t] A, summed in float32. Nothing is dropped, as in PEFT."""
+def changed_rows(rows: jax.Array, tokens: jax.Array, adapter: Adapter) -> jax.Array:
+    """Rows W[t] of an embedding, in their dtype: W[t] + s B[t] A, summed in float32. Nothing is dropped, as in PEFT."""
     change = adapter["scale"] * adapter["b"][tokens] @ adapter["a"]
-    return (weight[tokens].astype(jnp.float32) + change).astype(weight.dtype)
+    return (rows.astype(jnp.float32) + change).astype(rows.dtype)
 
 
 def parts(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtune.device_memory import on_device
 from jaxtune.errors import AdapterError, nearest
 from jaxtune.lora.apply import dense, row_lengths
 from jaxtune.lora.config import EMBEDDING, LOFTQ, PISSA, LoraConfig, ModuleNames, matches, selects
@@ -192,7 +193,7 @@ def _biases(
 
 def _whole(params: Tree, name: str) -> jax.Array:
     """A copy of the module's weight; of a tied head, the embedding's."""
-    found = params[name if name in params else EMBEDDING]["weight"]
+    found = on_device(params[name if name in params else EMBEDDING]["weight"])
     return jnp.array(found, jnp.float32)
 
 

@@ -19,6 +19,7 @@ from jaxtune.lora.tree import of_one
 from jaxtune.models import rope
 from jaxtune.models.cache import LayerCache
 from jaxtune.models.config import LayerKind, ModelConfig
+from jaxtune.models.table import rows
 
 
 class Where(NamedTuple):
@@ -68,30 +69,10 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens, lora=None):
         weight = self.weight.get_value()
-        if lora is None:
-            return rows(weight, tokens)
-        if "weight" in lora:
+        if lora is not None and "weight" in lora:
             return lora["weight"][tokens].astype(weight.dtype)
-        return lora_apply.lookup(weight, tokens, of_one(lora))
-
-
-@jax.custom_vjp
-def rows(table_VM: jax.Array, tokens: jax.Array) -> jax.Array:
-    """table[tokens], of which a frequent token's gradient is summed in float32, whatever the table is kept in."""
-    return table_VM[tokens]
-
-
-def _rows_forward(table_VM, tokens):
-    return table_VM[tokens], (tokens, table_VM)
-
-
-def _rows_backward(kept, dx):
-    tokens, table_VM = kept
-    zeros_VM = jnp.zeros(table_VM.shape, jnp.float32)
-    return zeros_VM.at[tokens].add(dx.astype(jnp.float32)).astype(table_VM.dtype), None
-
-
-rows.defvjp(_rows_forward, _rows_backward)
+        x = rows(weight, tokens)
+        return x if lora is None else lora_apply.changed_rows(x, tokens, of_one(lora))
 
 
 class RMSNorm(nnx.Module):
