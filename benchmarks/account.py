@@ -1,5 +1,5 @@
-"""Where one step's time goes, by the GPU's own clock: every kernel of a training step (the trainer's, but with AdamW in
-float32), how often it ran and for how long, under the name that XLA gave its operation.
+"""Where one step's time goes, by the GPU's own clock: every kernel of a training step, how often it ran and for how
+long, under the name that XLA gave its operation.
 
     python benchmarks/account.py --row 4x4096x1:mlp
     python benchmarks/account.py --shape tiny --row 2x64x2:block    # seconds on a CPU: checks the script
@@ -18,6 +18,8 @@ from benchmarks import sft
 from benchmarks.harness import record
 from jaxtune import FastLanguageModel
 from jaxtune.compilation import enable_cache
+from jaxtune.data.batches import BatchStream
+from jaxtune.data.sample import Sample
 from jaxtune.training.losses import next_token_loss, unwatched
 from jaxtune.training.optimizers import adamw
 from jaxtune.training.remat import compiler_options, remat
@@ -50,10 +52,11 @@ def kind(name: str) -> str:
         ("fmha|cudnn|flash|sdpa", "attention"),
         ("gemm|cutlass|nvjet|cublas|xmma", "products"),
         ("memcpy|MemcpyD2D|Memcpy", "copies"),
+        ("dequantize", "dequantising"),
     ):
         if re.search(pattern, name, re.IGNORECASE):
             return said
-    return "elementwise, dequantising and the rest"
+    return "elementwise and the rest"
 
 
 def main():
@@ -61,30 +64,22 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=sft.SHAPES, default="llama-3.1-8b")
-    parser.add_argument("--row", default="4x4096x1:mlp", help="batch x length x accumulation : level")
+    parser.add_argument("--row", default="4x4096x1:mlp", help="see sft.py")
     parser.add_argument("--name", default="account", help="of the result file")
     args = parser.parse_args()
     enable_cache()
-    batch, length, accumulation, mean, level = sft.Row.parse(args.row)
-    if mean is not None:
-        parser.error("rows of one segment only")
-
-    model = FastLanguageModel.get_peft_model(sft.random_model(args.shape), r=16, lora_alpha=16)
-    rate = lambda step: jax.numpy.float32(1e-4)
-    optimizer = adamw(rate, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.01)
-    loss = unwatched(next_token_loss(model.causal_lm, remat(level)))
-    step = make_step(loss, optimizer, rate, 1.0, compiler_options=compiler_options(remat(level)))
-    shape = (accumulation, batch, length)
-    tokens = np.random.default_rng(0).integers(0, model.causal_lm.config.vocab_size, shape).astype(np.int32)
-    given = jax.device_put(
-        {
-            "tokens": tokens,
-            "labels": np.roll(tokens, -1, -1),
-            "segment_ids": np.ones(shape, np.int32),
-            "positions": np.broadcast_to(np.arange(length, dtype=np.int32), shape),
-            "piece_lengths": np.full((accumulation, batch, 1), length, np.int32),
-        }
+    row = sft.Row.parse(args.row)
+    how = remat(row.level)
+    model = FastLanguageModel.get_peft_model(
+        sft.random_model(args.shape, offload_embedding=row.offload_embedding), r=16, lora_alpha=16
     )
+    rate = lambda step: jax.numpy.float32(1e-4)
+    optimizer = adamw(rate, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.01, bits=8)
+    loss = unwatched(next_token_loss(model.causal_lm, how))
+    step = make_step(loss, optimizer, rate, 1.0, compiler_options=compiler_options(how))
+    ids = [np.array(each, np.int32) for each in sft.random_ids(row, model.causal_lm.config.vocab_size)]
+    stream = BatchStream([Sample(each, each) for each in ids], len(ids) // row.accumulation, row.accumulation)
+    given = jax.device_put(next(stream)[0])
     assert model.lora is not None
     state = init_state(model.lora, optimizer)
     step = step.lower(state, model.params, given).compile()
@@ -103,10 +98,10 @@ def main():
         for name, (seconds, runs) in sorted(found.items(), key=lambda item: -item[1][0])
     ]
     kinds: dict[str, float] = collections.defaultdict(float)
-    for row in rows:
-        kinds[row["kind"]] += row["ms"]
-    for row in rows[:60]:
-        print(f"{row['ms']:9.2f} ms {row['runs']:7.0f}  {row['operation']}")
+    for each in rows:
+        kinds[each["kind"]] += each["ms"]
+    for each in rows[:60]:
+        print(f"{each['ms']:9.2f} ms {each['runs']:7.0f}  {each['operation']}")
     print({name: round(ms, 1) for name, ms in kinds.items()}, "temp GB", memory.temp_size_in_bytes / 1e9)
     record(args.name, rows[:100], shape=args.shape, row=args.row, ms_by_kind=dict(kinds),
            temp_gb=memory.temp_size_in_bytes / 1e9)  # fmt: skip

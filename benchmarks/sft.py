@@ -4,6 +4,7 @@ tokens per second, peak memory, model FLOP/s utilisation, time to the first step
     python benchmarks/sft.py                              # Llama-3.1-8B: small memory, packed rows, "auto"
     python benchmarks/sft.py --rows 2x2048x4:block        # batch x length x accumulation : level of training.remat
     python benchmarks/sft.py --rows 1x16384x1~512:auto    # rows packed with samples of about 512 tokens
+    python benchmarks/sft.py --rows 2x2048x4:auto+embedding      # with offload_embedding=True
     python benchmarks/sft.py --shape tiny --rows 2x64x2:block    # seconds on a CPU: checks the script
 """
 
@@ -22,16 +23,20 @@ from benchmarks.harness import record
 from benchmarks.shapes import SHAPES
 from jaxtune import FastLanguageModel, LanguageModel, SFTConfig, SFTTrainer
 from jaxtune.compilation import enable_cache
+from jaxtune.device_memory import on_device
 from jaxtune.errors import JaxtuneError
 from jaxtune.loading.load import load_params
 from jaxtune.models import names
 from jaxtune.models.causal_lm import CausalLM
 from jaxtune.models.config import ModelConfig
 from jaxtune.quant import Unpacked
+from jaxtune.training.step import init_state
+from jaxtune.training.trainer import optimizer_of
 
 ROWS = [
-    "2x2048x4:offload_attention", "4x4096x1:offload_attention", "1x16384x1:offload_attention",
-    "1x16384x1~512:offload_attention", "2x2048x4:auto", "4x4096x1:auto",
+    "2x2048x4:offload_attention+embedding", "4x4096x1:offload_attention+embedding",
+    "1x16384x1:offload_attention+embedding", "1x16384x1~512:offload_attention+embedding",
+    "2x2048x4:auto", "4x4096x1:auto",
 ]  # fmt: skip
 SUSTAINED_FLOPS = 683e12
 """bf16 products of an H200 over 20 s, measured; what MFU is relative to."""
@@ -83,7 +88,9 @@ class RandomCheckpoint:
         return jnp.ones_like(weight) if "norm" in name else weight
 
 
-def random_model(shape: str, *, full_finetuning: bool = False) -> LanguageModel:
+def random_model(
+    shape: str, *, full_finetuning: bool = False, offload_embedding: bool = False
+) -> LanguageModel:
     """A model of this shape, loaded as a checkpoint is, and ready."""
     causal_lm = CausalLM(SHAPES[shape])
     params = load_params(
@@ -91,6 +98,7 @@ def random_model(shape: str, *, full_finetuning: bool = False) -> LanguageModel:
         RandomCheckpoint(causal_lm),
         dtype=jnp.dtype(jnp.bfloat16),
         precision=Unpacked() if full_finetuning else None,
+        offload_embedding=offload_embedding,
     )
     jax.block_until_ready(params)
     return LanguageModel(causal_lm, params, full_finetuning=full_finetuning)
@@ -114,19 +122,21 @@ def peak_gb() -> float:
 
 class Row(NamedTuple):
     """batch x length x accumulation ~ mean : level of training.remat. With a mean, rows of so many tokens are packed
-    with ragged samples that are about so long."""
+    with ragged samples that are about so long. A level with "+embedding": its table lies in the host's memory."""
 
     batch: int
     length: int
     accumulation: int
     mean: int | None
     level: str
+    offload_embedding: bool
 
     @classmethod
     def parse(cls, text: str) -> Self:
         sizes, level = text.split(":")
         sizes, _, mean = sizes.partition("~")
-        return cls(*map(int, sizes.split("x")), int(mean) if mean else None, level)
+        level, _, offloaded = level.partition("+")
+        return cls(*map(int, sizes.split("x")), int(mean) if mean else None, level, offloaded == "embedding")
 
     def lengths(self) -> list[int]:
         """Of the samples of a step."""
@@ -139,12 +149,31 @@ class Row(NamedTuple):
         return lengths.tolist()
 
 
-def measure(model: LanguageModel, row: Row, steps: int) -> dict:
-    c = model.causal_lm.config
+def random_ids(row: Row, vocab_size: int) -> list[list[int]]:
+    """The samples of a step: every step has all, so that there is one shape."""
     rng = np.random.default_rng(0)
+    return [rng.integers(0, vocab_size, length).tolist() for length in row.lengths()]
+
+
+def bare_seconds(trainer: SFTTrainer, steps: int = 6) -> float:
+    """Of a step alone, one after the other with the same batch, no loop around: what the trainer cannot undercut."""
+    assert trainer.step is not None
+    state = init_state(trainer.model.lora or trainer.model.params, optimizer_of(trainer.args, steps)[0])
+    batch = jax.device_put(next(trainer.batches())[0])
+    for _ in range(2):
+        state, metrics = trainer.step(state, trainer.model.params, batch)
+    jax.block_until_ready(metrics)
+    start = time.perf_counter()
+    for _ in range(steps):
+        state, metrics = trainer.step(state, trainer.model.params, batch)
+    jax.block_until_ready(metrics)
+    return (time.perf_counter() - start) / steps
+
+
+def measure(model: LanguageModel, row: Row, steps: int, bare: bool = False) -> dict:
+    c = model.causal_lm.config
     lengths = row.lengths()
-    # Every step has all samples, so that there is one shape.
-    samples = [{"input_ids": rng.integers(0, c.vocab_size, length).tolist()} for length in lengths]
+    samples = [{"input_ids": ids} for ids in random_ids(row, c.vocab_size)]
     config = SFTConfig(
         max_steps=steps, per_device_train_batch_size=len(lengths) // row.accumulation, max_length=max(lengths),
         gradient_accumulation_steps=row.accumulation, gradient_checkpointing=row.level,
@@ -154,13 +183,15 @@ def measure(model: LanguageModel, row: Row, steps: int) -> dict:
     times = [entry["step_time_sec"] for entry in trainer.log_history]
     # Step n's time is read when step n + 1 has been dispatched: the first holds the compilation, the last no overlap.
     seconds = statistics.median(times[3:-1] or times)
+    peak = peak_gb()
     return {
         **row._asdict(),
         "ran_at": trainer.step.level,
         "seconds_per_step": seconds,
         "tokens_per_second": sum(lengths) / seconds,
         "mfu_of_sustained": useful_flops(c, lengths, full=model.full_finetuning) / seconds / SUSTAINED_FLOPS,
-        "peak_gb": peak_gb(),
+        "peak_gb": peak,
+        **({"bare_seconds_per_step": bare_seconds(trainer)} if bare else {}),
         "first_step_seconds": times[0] + trainer.log_history[0]["compile_seconds"],
         "loss": [entry["loss"] for entry in trainer.log_history],
     }
@@ -175,12 +206,20 @@ def main():
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--full-finetuning", action="store_true", help="train bfloat16 weights, no adapter")
+    parser.add_argument(
+        "--bare", action="store_true", help="time steps without a trainer too, for its overhead"
+    )
     parser.add_argument("--name", default="sft", help="of the result file")
     args = parser.parse_args()
 
     enable_cache()
     start = time.perf_counter()
-    model = random_model(args.shape, full_finetuning=args.full_finetuning)
+    rows = [(text, Row.parse(text)) for text in args.rows]
+    model = random_model(
+        args.shape,
+        full_finetuning=args.full_finetuning,
+        offload_embedding=any(row.offload_embedding for _, row in rows),
+    )
     load_seconds = time.perf_counter() - start
     weights_gb = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) / 1e9
     print(f"weights: {weights_gb:.2f} GB in {load_seconds:.1f} s; peak {peak_gb():.2f} GB", flush=True)
@@ -188,15 +227,17 @@ def main():
         model, r=args.rank, lora_alpha=16
     )  # which leaves a whole one as it is
 
-    rows = []
-    for row in args.rows:
+    results = []
+    for text, row in rows:
+        if not row.offload_embedding:
+            model.params["embed_tokens"] = jax.tree.map(on_device, model.params["embed_tokens"])
         try:
-            rows.append(measure(model, Row.parse(row), args.steps))
-            print({k: v for k, v in rows[-1].items() if k != "loss"}, flush=True)
+            results.append(measure(model, row, args.steps, args.bare))
+            print({k: v for k, v in results[-1].items() if k != "loss"}, flush=True)
         except (jax.errors.JaxRuntimeError, JaxtuneError) as error:
-            rows.append({"row": row, "error": str(error)[:600]})
-            print(rows[-1], flush=True)
-        record(args.name, rows, shape=args.shape, rank=args.rank, weights_gb=weights_gb, load_seconds=load_seconds,
+            results.append({"row": text, "error": str(error)[:600]})
+            print(results[-1], flush=True)
+        record(args.name, results, shape=args.shape, rank=args.rank, weights_gb=weights_gb, load_seconds=load_seconds,
                note="peak_gb is the process's so far: rows run from small to large")  # fmt: skip
 
 

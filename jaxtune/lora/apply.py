@@ -5,7 +5,8 @@ An adapter, as the model reads it for one layer (see `tree.with_settings`), is a
 m [out] and bias [out], with `has_m` and `has_bias` [], whether this layer does; perhaps a key `dropout` with `keep` [].
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,11 +16,16 @@ from jax import lax
 Adapter = dict[str, jax.Array]
 
 
-def product(x: jax.Array, weight: Any, adapter: Adapter | None, matmul: Callable) -> jax.Array:
-    """x [..., in] -> [..., out]; `matmul(x, weight)` is x W^T for whatever kind of weight this is."""
+def product(
+    x: jax.Array, weight: Any, adapter: Adapter | None, matmul: Callable, ax: jax.Array | None = None
+) -> jax.Array:
+    """x [..., in] -> [..., out]; `matmul(x, weight)` is x W^T for whatever kind of weight this is. `ax` is A x where
+    `inner_products` has it already."""
     y = matmul(x, weight)
     if adapter is None or "a" not in adapter:
         return y
+    if ax is not None:
+        return y + outer(ax, adapter)
     kept = _drop(x, adapter)
     if "m" not in adapter:
         return y + delta(kept, adapter)
@@ -29,13 +35,25 @@ def product(x: jax.Array, weight: Any, adapter: Adapter | None, matmul: Callable
     return y + (factor - 1).astype(y.dtype) * base + factor.astype(y.dtype) * delta(kept, adapter)
 
 
+def inner_products(x: jax.Array, adapters: Sequence[Adapter | None]) -> Sequence[jax.Array | None]:
+    """A x [..., r] of plain adapters of one x, in one product: they are narrow, and what each would cost is to read x.
+    None for each if not all are plain."""
+    if not all(adapter is not None and "a" in adapter and is_plain(adapter) for adapter in adapters):
+        return [None] * len(adapters)
+    factors = [adapter["a"] for adapter in adapters if adapter is not None]
+    ends = list(itertools.accumulate(len(a) for a in factors))
+    return jnp.split(x @ jnp.concatenate(factors).astype(x.dtype).T, ends[:-1], axis=-1)
+
+
 def delta(x: jax.Array, adapter: Adapter) -> jax.Array:
     """s B (A x)."""
-    a = adapter["a"].astype(x.dtype)
-    b = (adapter["scale"] * adapter["b"]).astype(
-        x.dtype
-    )  # scaled in float32: alpha / r may have no 16-bit value
-    return (x @ a.T) @ b.T
+    return outer(x @ adapter["a"].astype(x.dtype).T, adapter)
+
+
+def outer(ax: jax.Array, adapter: Adapter) -> jax.Array:
+    """s B (A x) of A x."""
+    # Scaled in float32: alpha / r may have no 16-bit value.
+    return ax @ (adapter["scale"] * adapter["b"]).astype(ax.dtype).T
 
 
 def changed_rows(rows: jax.Array, tokens: jax.Array, adapter: Adapter) -> jax.Array:

@@ -4,6 +4,7 @@ part of the adapter tree, or None. Constructors only shape parameters (they run 
 Shapes: B rows, T tokens, M model width, H heads, K key/value heads, D head size.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,12 +56,19 @@ class Linear(nnx.Module):
             self.bias = param(out)
         self.has_bias = bias
 
-    def __call__(self, x, lora=None):
-        y = lora_apply.product(x, self.weight.get_value(), lora, quant.matmul)
+    def __call__(self, x, lora=None, ax=None):
+        y = lora_apply.product(x, self.weight.get_value(), lora, quant.matmul, ax)
         if self.has_bias:
             bias = lora_apply.bias(self.bias.get_value(), lora)
             y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return y
+
+
+def of_one_input(module: nnx.Module, linears: Sequence[str], x: jax.Array, lora: Any) -> list[jax.Array]:
+    """What linears of a module make of the same x."""
+    adapters = [part(lora, name) for name in linears]
+    each = zip(linears, adapters, lora_apply.inner_products(x, adapters), strict=True)
+    return [getattr(module, name)(x, adapter, ax) for name, adapter, ax in each]
 
 
 class Embedding(nnx.Module):
@@ -138,7 +146,7 @@ class Attention(nnx.Module):
             together = self.qkv_proj(x_BTM, part(lora, "qkv_proj"))
             q, k, v = jnp.split(together, [self.q_size, self.q_size + self.kv_size], axis=-1)
         else:
-            q, k, v = (getattr(self, n)(x_BTM, part(lora, n)) for n in ("q_proj", "k_proj", "v_proj"))
+            q, k, v = of_one_input(self, ("q_proj", "k_proj", "v_proj"), x_BTM, lora)
         if self.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (x.reshape(*x.shape[:2], -1, self.head_dim) for x in (q, k, v))
@@ -171,8 +179,8 @@ class MLP(nnx.Module):
             together = self.gate_up_proj(x_BTM, part(lora, "gate_up_proj"))
             gate, up = jnp.split(checkpoint_name(together, "gate_up"), 2, axis=-1)
         else:
-            gate = checkpoint_name(self.gate_proj(x_BTM, part(lora, "gate_proj")), "gate_up")
-            up = checkpoint_name(self.up_proj(x_BTM, part(lora, "up_proj")), "gate_up")
+            both = of_one_input(self, ("gate_proj", "up_proj"), x_BTM, lora)
+            gate, up = (checkpoint_name(x, "gate_up") for x in both)
         return self.down_proj(ACTIVATIONS[self.activation](gate) * up, part(lora, "down_proj"))
 
 
@@ -181,12 +189,10 @@ def _same(x):
 
 
 def _in_tiles(feed_forward, mlp, x_BTM, lora, tokens):
-    """`feed_forward(mlp, x, lora)` for so many tokens at a time, which keeps nothing but x and the weights, dequantised
-    once for all tiles."""
+    """`feed_forward(mlp, x, lora)` for at most so many tokens at a time, and half of all, which keeps nothing but x and
+    the weights, dequantised once for all tiles."""
     total = x_BTM.shape[0] * x_BTM.shape[1]
-    tiles = -(-total // tokens)
-    if tiles == 1:
-        return feed_forward(mlp, x_BTM, lora)
+    tiles = max(2, -(-total // tokens))
     mlp = quant.dequantized(mlp, x_BTM.dtype)
     tokens = -(-total // tiles)  # all of one size, with as little padding as that allows
     x_TM = jnp.pad(x_BTM.reshape(total, -1), ((0, tiles * tokens - total), (0, 0)))

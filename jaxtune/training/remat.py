@@ -13,7 +13,7 @@ _policies = jax.checkpoint_policies
 
 _ATTENTION = ("attention", "attention_statistics")
 
-_SMALL = Remat(None, on_host=True, mlp_tokens=2048, head_tokens=512)
+_SMALL = Remat(None, on_host=True, mlp_tokens=4096, head_tokens=512)
 """What is alive of the layers, of an MLP and of the head, where memory is what counts."""
 
 LEVELS: dict[str, Remat] = {
@@ -63,6 +63,6 @@ def candidates(name: str, *, memory_is_known: bool) -> tuple[tuple[str, ...], tu
 
 
 def compiler_options(remat: Remat) -> dict[str, bool]:
-    """Where the MLP is computed in pieces, cuBLAS' products are faster than Triton's, which XLA picks one by one; and
+    """In these programs all of cuBLAS' products are faster than with some of Triton's, which XLA picks one by one; and
     they need less memory."""
-    return {} if remat.mlp_tokens is None else {"xla_gpu_enable_triton_gemm": False}
+    return {"xla_gpu_enable_triton_gemm": False} if remat.unrolled or remat.mlp_tokens else {}

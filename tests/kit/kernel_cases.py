@@ -319,7 +319,7 @@ ROWS: dict[str, tuple[Sizes, Sizes]] = {
 def pieces_of(lengths: np.ndarray, tokens: int) -> np.ndarray:
     """[G, M]: as a trainer lays them out, but with what is 0 first, if a row has segments of no tokens."""
     rows = [[length for length in line if length] for line in lengths.tolist()]
-    pieces = piece_lengths(rows, Shape(1, len(rows), tokens))[0]
+    pieces = piece_lengths(rows, Shape(1, len(rows), int(tokens)))[0]
     if any(0 in line[: len(row)] for line, row in zip(lengths.tolist(), rows, strict=True)):
         pieces = np.roll(pieces.reshape(-1), (pieces == 0).sum()).reshape(pieces.shape)
     return pieces
