@@ -120,6 +120,12 @@ def peak_gb() -> float:
     return stats.get("peak_bytes_in_use", 0) / 1e9
 
 
+def limit_gb() -> float:
+    """What the process may take of the device, as XLA_PYTHON_CLIENT_MEM_FRACTION has it."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit", 0) / 1e9
+
+
 class Row(NamedTuple):
     """batch x length x accumulation ~ mean : level of training.remat. With a mean, rows of so many tokens are packed
     with ragged samples that are about so long. A level with "+embedding": its table lies in the host's memory."""
@@ -238,6 +244,7 @@ def main():
             results.append({"row": text, "error": str(error)[:600]})
             print(results[-1], flush=True)
         record(args.name, results, shape=args.shape, rank=args.rank, weights_gb=weights_gb, load_seconds=load_seconds,
+               limit_gb=limit_gb(),
                note="peak_gb is the process's so far: rows run from small to large")  # fmt: skip
 
 

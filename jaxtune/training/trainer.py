@@ -131,6 +131,9 @@ class Trainer:
         step = self.step = FittingStep(step_at, loss_of, level(asked), option)
         # There is one copy of the weights: while they are trained, the model's are the newest.
         state = init_state(trained, optimizer, consume=trains_all)
+        if not trains_all:  # nor is there a second adapter, unless someone else holds it
+            model.lora = jax.device_get(model.lora)
+        del trained
         self.log_history = []
         steps, samples, loss_sum, epoch = 0, 0.0, 0.0, 0.0
         unlogged: list[Record] = []

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxtune import LanguageModel, SFTConfig, SFTTrainer, get_chat_template, train_on_responses_only
+from jaxtune.training import loop, trainer
 from tests.kit import models, tiny
 from tests.kit.compare import assert_trees_equal
 
@@ -109,6 +110,21 @@ def test_what_train_returns(model):
         "train_loss",
         "epoch",
     } == set(result.metrics)
+
+
+def test_the_device_holds_one_adapter_while_it_is_trained(model, monkeypatch):
+    held = []
+
+    def watched(*args, **more):
+        held.append(copy.lora)
+        return loop.run(*args, **more)
+
+    monkeypatch.setattr(trainer, "run", watched)
+    copy = dataclasses.replace(model)
+    SFTTrainer(copy, SFTConfig(**BASE), train_dataset=ROWS).train()
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(held))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(copy.lora))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(model.lora)), "what someone else holds stays"
 
 
 def test_an_interrupt_keeps_what_was_learnt(model, caplog):
