@@ -324,7 +324,8 @@ def program(function: Callable, sets: list[tuple], calls: int) -> jax.stages.Com
             outputs.append(function(*inputs))
         return outputs
 
-    return jax.jit(run).lower(sets).compile()
+    # A CUDA graph would be written anew for each run's outputs, which takes longer than a short kernel.
+    return jax.jit(run).lower(sets).compile({"xla_gpu_enable_command_buffer": ""})
 
 
 def measure(case: Case, s: Scale, rates: Rates, seconds: float) -> list[dict[str, Any]]:

@@ -188,14 +188,22 @@ def measure(model: LanguageModel, row: Row, steps: int, bare: bool = False) -> d
     trainer.train()
     times = [entry["step_time_sec"] for entry in trainer.log_history]
     # Step n's time is read when step n + 1 has been dispatched: the first holds the compilation, the last no overlap.
-    seconds = statistics.median(times[3:-1] or times)
+    seconds = statistics.median(times[3:-1]) if len(times) > 4 else None
     peak = peak_gb()
     return {
         **row._asdict(),
         "ran_at": trainer.step.level,
-        "seconds_per_step": seconds,
-        "tokens_per_second": sum(lengths) / seconds,
-        "mfu_of_sustained": useful_flops(c, lengths, full=model.full_finetuning) / seconds / SUSTAINED_FLOPS,
+        **(
+            {}
+            if seconds is None
+            else {
+                "seconds_per_step": seconds,
+                "tokens_per_second": sum(lengths) / seconds,
+                "mfu_of_sustained": useful_flops(c, lengths, full=model.full_finetuning)
+                / seconds
+                / SUSTAINED_FLOPS,
+            }
+        ),
         "peak_gb": peak,
         **({"bare_seconds_per_step": bare_seconds(trainer)} if bare else {}),
         "first_step_seconds": times[0] + trainer.log_history[0]["compile_seconds"],

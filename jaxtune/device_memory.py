@@ -41,6 +41,15 @@ def free_of_host(root: Path = Path("/")) -> int:
     return max(0, min(free))
 
 
+PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+"""The environment variable that says, when Python starts, how much of the host's memory XLA pins at most."""
+
+
+def pinned_limit() -> int:
+    """Bytes of the host's memory that a GPU's programs can have."""
+    return int(float(os.environ.get(PINNED_LIMIT, 64)) * 2**30)
+
+
 def is_on_host(x: jax.Array) -> bool:
     """Whether an array, or one that is traced, lies in the host's memory, for a device to read."""
     return jax.typeof(x).memory_space == jax.memory.Space.Host

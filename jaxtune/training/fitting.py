@@ -54,7 +54,10 @@ def first_fitting(
 def free_room() -> Size | None:
     """What the device and its host have free; None if the device does not say."""
     memory = device_memory.of_device(device_memory.default_device())
-    return memory and Size(max(0, int(memory.free - SLACK * memory.limit)), device_memory.free_of_host())
+    if memory is None:
+        return None
+    host = min(device_memory.free_of_host(), int((1 - SLACK) * device_memory.pinned_limit()))
+    return Size(max(0, int(memory.free - SLACK * memory.limit)), host)
 
 
 def needed_by(program: jax.stages.Compiled) -> Size:
@@ -155,6 +158,7 @@ class FittingStep:
             f"{'at least ' if at_least else ''}{_text(size)}.",
             expected=f"at most the {_text(room, gb_free)} that are free.",
             fix=self._which_level_fits(room, smaller, kept, needed)
+            or _which_limit_fits(size, room)
             or self._which_batch_fits(room, (*levels, *smaller)[-1], state, frozen, batch)
             or "Nothing that was tried fits beside the weights: take a larger device, or a smaller model.",
         )
@@ -176,6 +180,14 @@ class FittingStep:
                     f"with {self._option}={level!r} that takes {_text(size)}."
                 )
         return None
+
+
+def _which_limit_fits(size: Size, room: Size) -> str | None:
+    """If the host has the memory, and XLA would not pin it."""
+    if size.device > room.device or not room.host < size.host <= device_memory.free_of_host():
+        return None
+    limit = math.ceil(size.host / (1 - SLACK) / 2**30)
+    return f"Start Python with {device_memory.PINNED_LIMIT}={limit} in its environment: the host has that much memory."
 
 
 def _batches_divided_by(k: int) -> str:

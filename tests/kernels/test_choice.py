@@ -1,5 +1,6 @@
 """How an op picks its implementation."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -50,8 +51,18 @@ def test_what_cudnn_cannot_do(monkeypatch):
     assert "capability 9.0" in cudnn.why_not(bf16, two, None)
     monkeypatch.setattr(cudnn, "capability", lambda: 9.0)
     assert cudnn.why_not(bf16, two, None) is None
+    many = jax.ShapeDtypeStruct((2, 2**19 // 2, 32, 128), "bfloat16")
+    assert cudnn.why_not(many, one, None) is None
+    assert "32 bits" in cudnn.why_not(many, two, None)
     monkeypatch.setattr(cudnn, "capability", lambda: 7.5)
     assert "8.0" in cudnn.why_not_here()
+
+
+def test_what_cudnn_is_told_of_pieces():
+    """Lengths, and where each begins among all tokens; what is no piece comes last, beyond them."""
+    lengths, starts = cudnn._packing(jnp.array([[0, 5], [7, 0], [3, 0]]), 15)
+    assert lengths.tolist() == [[5, 7], [3, 0], [0, 0]]
+    assert starts.tolist() == [[0, 5, 12], [15, 15, 15], [15, 15, 15]]
 
 
 def test_every_op_runs_on_this_machine():

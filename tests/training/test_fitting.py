@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune import SFTConfig, SFTTrainer
+from jaxtune import SFTConfig, SFTTrainer, device_memory
 from jaxtune.errors import DeviceMemoryError
 from jaxtune.language_model import LanguageModel
 from jaxtune.training import fitting
@@ -172,6 +172,32 @@ def test_too_little_memory_names_the_batch_that_fits(run, free, k, takes, asked)
         step_in(asked, Size(int(free * GB), 50 * GB))(state(), params, batch)
     assert f"Divide per_device_train_batch_size by {k} and multiply gradient_acc" in caught.value.fix
     assert f"with use_gradient_checkpointing='offload' that takes {takes} GB" in caught.value.fix
+
+
+def test_what_xla_does_not_pin_names_the_limit(run, monkeypatch):
+    """A host may have more than XLA takes of it."""
+    step_in, (state, params, batch) = run
+    monkeypatch.setattr(device_memory, "free_of_host", lambda: 80 * GB)
+    with pytest.raises(
+        DeviceMemoryError, match=r"Python with XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=4 in"
+    ) as caught:
+        step_in("offload", Size(10 * GB, 3 * GB))(state(), params, batch)
+    assert "3.0 GB of the host's" in caught.value.expected
+    monkeypatch.setattr(device_memory, "free_of_host", lambda: 3 * GB)
+    with pytest.raises(DeviceMemoryError, match=r"Divide per_device_train_batch_size by 2"):
+        step_in("offload", Size(10 * GB, 3 * GB))(state(), params, batch)
+
+
+def test_a_host_gives_what_it_has_and_what_xla_pins(monkeypatch):
+    memory = device_memory.Memory(free=70 * GB, limit=80 * GB)
+    monkeypatch.setattr(device_memory, "of_device", lambda _: memory)
+    monkeypatch.setattr(device_memory, "free_of_host", lambda: 100 * GB)
+    monkeypatch.delenv(device_memory.PINNED_LIMIT, raising=False)
+    assert fitting.free_room() == Size(int(68.4 * GB), int(0.98 * 64 * 2**30))
+    monkeypatch.setenv(device_memory.PINNED_LIMIT, "200")
+    assert fitting.free_room() == Size(int(68.4 * GB), 100 * GB)
+    memory = None
+    assert fitting.free_room() is None
 
 
 def test_the_advice_names_the_setting_that_was_given(model, monkeypatch):
