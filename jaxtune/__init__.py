@@ -15,27 +15,31 @@ if TYPE_CHECKING:
     from jaxtune.data.templates import get_chat_template
     from jaxtune.language_model import LanguageModel
     from jaxtune.rl import GRPOConfig, GRPOTrainer
-    from jaxtune.training import SFTConfig, SFTTrainer
+    from jaxtune.training import EarlyStoppingCallback, SFTConfig, SFTTrainer, TrainerCallback
 
 _HOME = {
+    "EarlyStoppingCallback": "jaxtune.training",
     "FastLanguageModel": "jaxtune.api",
     "LanguageModel": "jaxtune.language_model",
     "GRPOConfig": "jaxtune.rl",
     "GRPOTrainer": "jaxtune.rl",
     "SFTConfig": "jaxtune.training",
     "SFTTrainer": "jaxtune.training",
+    "TrainerCallback": "jaxtune.training",
     "add_new_tokens": "jaxtune.api",
     "get_chat_template": "jaxtune.data.templates",
     "train_on_responses_only": "jaxtune.data.masking",
 }
 
 __all__ = [
+    "EarlyStoppingCallback",
     "FastLanguageModel",
     "GRPOConfig",
     "GRPOTrainer",
     "LanguageModel",
     "SFTConfig",
     "SFTTrainer",
+    "TrainerCallback",
     "__version__",
     "add_new_tokens",
     "get_chat_template",

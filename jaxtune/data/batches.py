@@ -27,6 +27,7 @@ class StepInfo(NamedTuple):
 
     epoch: float  # epochs done once this step is
     num_samples: int
+    sample_ids: tuple[int, ...]  # places in the dataset that was prepared
     num_tokens: int  # of samples, without padding
     trained_tokens: int  # those with a label
     efficiency: float  # num_tokens by the places that the arrays have
@@ -88,6 +89,7 @@ class BatchStream:
         info = StepInfo(
             epoch=self._epoch + steps / self.steps_per_epoch,
             num_samples=len(samples),
+            sample_ids=tuple(members),
             num_tokens=(num_tokens := sum(self._lengths[member] for member in members)),
             trained_tokens=sum(sample.num_trained for sample in samples),
             efficiency=num_tokens / batch["tokens"].size,

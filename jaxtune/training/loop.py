@@ -27,10 +27,13 @@ def run(
     batches: Iterable[tuple[Mapping[str, Any], Mapping[str, float]]],
     on_record: Callable[[Record], Any],
     on_state: Callable[[TrainState], Any] = lambda state: None,
+    after_step: Callable[[Mapping[str, Any], Callable[[], None]], bool] = lambda facts, settle: True,
 ) -> TrainState:
     """Runs one step for every (batch, facts). `on_record` sees each step's numbers once the next one is under way;
-    `on_state` sees the state after each step, which the next one consumes."""
-    pending: tuple[int, dict[str, jax.Array], Mapping[str, float]] | None = None
+    `on_state` sees the state after each step, which the next one consumes. `after_step` says whether to go on; it is
+    given the batch's facts, and `settle`, by which it has the step's numbers at once, and its own time is not the next
+    step's. Of the facts, `sample_ids` are for errors alone."""
+    pending: tuple[int, dict[str, jax.Array], Mapping[str, Any]] | None = None
     shapes: set[tuple] = set()
     clock = time.perf_counter()
 
@@ -42,11 +45,14 @@ def run(
         pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
+        sample_ids = facts.get("sample_ids")
+        facts = {name: fact for name, fact in facts.items() if name != "sample_ids"}
         record = {"step": float(number), **values, **facts, "step_time_sec": now - clock}
         clock = now
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             raise DivergenceError(
-                f"At step {number} the loss is {values['loss']} and the gradient's norm {values['grad_norm']}.",
+                f"At step {number} the loss is {values['loss']} and the gradient's norm {values['grad_norm']}"
+                + (f"; its samples are {', '.join(map(str, sample_ids))}." if sample_ids else "."),
                 expected="finite numbers.",
                 fix="Lower learning_rate, keep max_grad_norm at 1.0, and look at the samples of that step. A model "
                 "in float16 may need dtype='bfloat16': float16 ends at 65504.",
@@ -70,5 +76,11 @@ def run(
             facts = {**facts, "compile_seconds": compiled}
         settle()
         pending = (number, metrics, facts)
+        before = clock
+        goes_on = after_step(facts, settle)
+        if clock != before:  # it settled, and what it did then is not the next step's
+            clock = time.perf_counter()
+        if not goes_on:
+            break
     settle()
     return state

@@ -35,17 +35,49 @@ def average(records: Sequence[Record]) -> Record:
     }
 
 
+@dataclasses.dataclass
+class Tally:
+    """What a run adds up. All of it is plain, so that a checkpoint can hold it as JSON."""
+
+    steps: int = 0
+    samples: float = 0.0
+    loss_sum: float = 0.0
+    unlogged: list[Record] = dataclasses.field(default_factory=list)
+    """Of the steps since the last line of the log."""
+
+    def add(self, record: Record) -> None:
+        self.steps += 1
+        self.samples += record.pop("samples")
+        self.loss_sum += record["loss"]
+        self.unlogged.append(record)
+
+    def average(self) -> Record:
+        """One record for the steps since the last."""
+        records, self.unlogged = self.unlogged, []
+        return average(records)
+
+
 class RunLog:
     """A context manager around a run. The first line of metrics.jsonl has the settings, each other one a step. Of a
     step's numbers, those of `headline` come first, and stand beside the progress bar."""
 
-    def __init__(self, config: TrainingConfig, total_steps: int, headline: Sequence[str] = ("loss",)):
+    def __init__(
+        self,
+        config: TrainingConfig,
+        total_steps: int,
+        headline: Sequence[str] = ("loss",),
+        history: Sequence[Record] = (),
+        done: int = 0,
+    ):
+        """`history` is what a run that is resumed had written after its `done` steps."""
         self.headline = headline
         self.file = None if config.output_dir is None else _begin(Path(config.output_dir))
         settings = dataclasses.asdict(config) | {"output_dir": str(config.output_dir)}
         self._write_line({"settings": settings})
+        for record in history:
+            self._write_line(record)
         self.above_the_bar = logging_redirect_tqdm([logging.getLogger("jaxtune")])
-        self.bar = progress_bar(total=total_steps, unit="step")
+        self.bar = progress_bar(total=total_steps, initial=done, unit="step")
 
     def write(self, record: Record) -> None:
         self._write_line(record)
@@ -61,6 +93,14 @@ class RunLog:
             record["tokens"] / record["step_time_sec"],
         )
         self.bar.set_postfix(first)
+
+    def write_evaluation(self, record: Record) -> None:
+        self._write_line(record)
+        log.info(
+            "evaluated at step %d: %s",
+            record["step"],
+            ", ".join(f"{name} {value:.4f}" for name, value in record.items() if name.endswith("loss")),
+        )
 
     def _write_line(self, content: dict[str, Any]) -> None:
         if self.file is None:

@@ -1,21 +1,25 @@
 """SFTTrainer: supervised fine-tuning of a model's adapter, or of all its weights, under TRL's names."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxtune.data.batches import BatchStream, StepInfo
 from jaxtune.data.formats import prepare
 from jaxtune.data.sample import Sample
+from jaxtune.errors import OptionError
 from jaxtune.options import ANY, mirrors
+from jaxtune.training.evaluation import evaluate
+from jaxtune.training.keeper import Keeper
+from jaxtune.training.loop import Record
 from jaxtune.training.losses import next_token_loss, unwatched
 from jaxtune.training.sft_config import SFTConfig
 from jaxtune.training.trainer import Trainable, Trainer, TrainOutput
 
 _WITHOUT_EFFECT = {
-    "eval_dataset": None,
     "data_collator": None,
     "peft_config": None,
-    "callbacks": (None, []),
     "packing": False,
     "dataset_num_proc": ANY,
 }
@@ -38,16 +42,23 @@ class SFTTrainer(Trainer):
         args: SFTConfig | None = None,
         *,
         train_dataset: Any = None,
+        eval_dataset: Any = None,
         processing_class: Any = None,
         tokenizer: Any = None,
         formatting_func: Callable | None = None,
+        callbacks: Any = None,
     ):
         super().__init__(
-            model, args, train_dataset=train_dataset, processing_class=processing_class, tokenizer=tokenizer
+            model,
+            args,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            tokenizer=tokenizer,
+            callbacks=callbacks,
         )
-        self.samples: list[Sample] = prepare(
-            train_dataset,
-            self.processing_class,
+        self._prepare = functools.partial(
+            prepare,
+            tokenizer=self.processing_class,
             text_field=self.args.dataset_text_field,
             formatting_func=formatting_func,
             max_length=self.args.max_length or model.max_seq_length,
@@ -55,13 +66,49 @@ class SFTTrainer(Trainer):
             assistant_only_loss=self.args.assistant_only_loss,
             vocab_size=model.causal_lm.config.vocab_size,
         )
-        self.eval_samples = None
+        self.samples: list[Sample] = self._prepare(train_dataset)
+        self.eval_samples: list[Sample] | dict[str, list[Sample]] | None = self._prepare_eval(eval_dataset)
+        if self.eval_samples is None:
+            needed = "no: there is no eval_dataset"
+            self.args.require(self.args.eval_strategy == "no", "eval_strategy", needed)
 
-    def train(self) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
+        """Trains from the beginning, or from a checkpoint: a folder, or True for the newest in output_dir."""
         stream = self.batches()
         with_facts = ((batch, _facts(info)) for batch, info in stream)
         loss_at = lambda remat: unwatched(next_token_loss(self.model.causal_lm, remat))
-        return self._train(loss_at, lambda newest: with_facts, self.args.total_steps(stream.steps_per_epoch))
+        keeper = Keeper(
+            self.args,
+            self.model,
+            self.processing_class,
+            stream,
+            _by_prefix(self.eval_samples, "eval"),
+            resume_from_checkpoint,
+        )
+        total_steps = self.args.total_steps(stream.steps_per_epoch)
+        return self._train(loss_at, lambda newest: with_facts, total_steps, keeper)
+
+    def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> Record:
+        """The loss of a dataset, by default of the trainer's own, with the model as it is now."""
+        samples = self.eval_samples if eval_dataset is None else self._prepare_eval(eval_dataset)
+        if samples is None:
+            raise OptionError(
+                "evaluate() of a trainer without an eval_dataset.",
+                expected="a dataset.",
+                fix="Pass one: trainer.evaluate(dataset).",
+            )
+        metrics: Record = {}
+        for prefix, each in _by_prefix(samples, metric_key_prefix).items():
+            batch_size = self.args.per_device_eval_batch_size
+            metrics |= evaluate(
+                self.model.causal_lm, self.model.params, self.model.lora, each, batch_size, prefix
+            )
+        return metrics
+
+    def _prepare_eval(self, dataset: Any) -> list[Sample] | dict[str, list[Sample]] | None:
+        if isinstance(dataset, Mapping):
+            return {name: self._prepare(each) for name, each in dataset.items()}
+        return None if dataset is None else self._prepare(dataset)
 
     def batches(self) -> BatchStream:
         """The batches of a run, from its beginning: deterministic in the seed."""
@@ -73,5 +120,21 @@ class SFTTrainer(Trainer):
         )
 
 
-def _facts(info: StepInfo) -> dict[str, float]:
-    return {"epoch": info.epoch, "samples": info.num_samples, "packing_efficiency": info.efficiency}
+def _by_prefix(samples: Any, prefix: str) -> dict[str, list[Sample]]:
+    """What metrics of each dataset begin with, as transformers has it."""
+    if samples is None:
+        return {}
+    return (
+        {f"{prefix}_{name}": each for name, each in samples.items()}
+        if isinstance(samples, dict)
+        else {prefix: samples}
+    )
+
+
+def _facts(info: StepInfo) -> dict[str, Any]:
+    return {
+        "epoch": info.epoch,
+        "samples": info.num_samples,
+        "packing_efficiency": info.efficiency,
+        "sample_ids": info.sample_ids,
+    }

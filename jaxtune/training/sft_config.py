@@ -3,7 +3,8 @@
 import dataclasses
 
 from jaxtune.options import ANY, mirrors
-from jaxtune.training.config import WITHOUT_EFFECT, TrainingConfig
+from jaxtune.training.config import WITHOUT_EFFECT
+from jaxtune.training.keeping_config import KeepingConfig
 
 _WITHOUT_EFFECT = {
     **WITHOUT_EFFECT,
@@ -15,9 +16,9 @@ _WITHOUT_EFFECT = {
 }
 
 
-@mirrors(_WITHOUT_EFFECT, aliases={"max_seq_length": "max_length"})
+@mirrors(_WITHOUT_EFFECT, aliases={"max_seq_length": "max_length", "evaluation_strategy": "eval_strategy"})
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SFTConfig(TrainingConfig):
+class SFTConfig(KeepingConfig):
     max_length: int | None = None
     """Tokens that a sample may have before it is cut; None takes the model's max_seq_length."""
     dataset_text_field: str = "text"

@@ -17,14 +17,17 @@ from jaxtune.loading.tokenizer import require_rows
 from jaxtune.log import show
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.models.layer_loop import Remat
+from jaxtune.training.callbacks import Callbacks, RunState, require_callbacks
 from jaxtune.training.config import TrainingConfig
 from jaxtune.training.fitting import FittingStep
+from jaxtune.training.keeper import Keeper
 from jaxtune.training.loop import Record, run
 from jaxtune.training.losses import WatchedLoss, of_all_weights
-from jaxtune.training.metrics import RunLog, average
+from jaxtune.training.metrics import RunLog, Tally
 from jaxtune.training.optimizers import OPTIMIZERS, Schedule, adamw, schedule
 from jaxtune.training.remat import compiler_options, level, remat
 from jaxtune.training.step import CompiledLater, TrainState, init_state, make_step
+from jaxtune.training.termination import TERMINATED, terminable
 
 
 class Trainable(Protocol):
@@ -71,6 +74,7 @@ class Trainer:
         train_dataset: Any,
         processing_class: Any,
         tokenizer: Any,
+        callbacks: Any = None,
     ):
         show()
         name, config = type(self).__name__, self.config_type.__name__
@@ -102,13 +106,21 @@ class Trainer:
             (t for t in (processing_class, tokenizer, model.tokenizer) if t is not None), None
         )
         require_rows(self.processing_class, model.causal_lm.config.vocab_size)
+        self.callbacks = require_callbacks(callbacks)
+        self.state: RunState | None = None
+        """Where the newest run is, or was when it ended."""
         self.log_history: list[Record] = []
         self.step: FittingStep | None = None
         """That of the newest run: `step.level` is what it computes again, and what it keeps where."""
 
     def _train(
-        self, loss_at: Callable[[Remat], WatchedLoss], batches: Batches, total_steps: int
+        self,
+        loss_at: Callable[[Remat], WatchedLoss],
+        batches: Batches,
+        total_steps: int,
+        keeper: Keeper | None = None,
     ) -> TrainOutput:
+        """`keeper` evaluates and saves, where a trainer can."""
         model, args = self.model, self.args
         optimizer, rate = optimizer_of(args, total_steps)
         config = model.causal_lm.lora_config
@@ -134,59 +146,106 @@ class Trainer:
         if not trains_all:  # nor is there a second adapter, unless someone else holds it
             model.lora = jax.device_get(model.lora)
         del trained
-        self.log_history = []
-        steps, samples, loss_sum, epoch = 0, 0.0, 0.0, 0.0
-        unlogged: list[Record] = []
-        started = time.perf_counter()
-        with RunLog(args, total_steps, self.headline) as output:
+        run_state = self.state = RunState(total_steps, args.num_train_epochs)
+        tally = Tally()
+
+        def newest() -> tuple[Params, Lora | None]:
+            return (model.params, None) if trains_all else (model.params, state.trained)
+
+        def hand_over(newest_state: TrainState) -> None:
+            nonlocal state  # the one before is consumed
+            state = newest_state
+            if trains_all:
+                model.params = newest_state.trained
+
+        def keep() -> None:
+            if not trains_all:
+                model.lora = state.trained
+
+        if keeper is not None:
+            hand_over(keeper.begin(run_state, tally, state))
+        self.log_history = run_state.log_history
+        callbacks = Callbacks(
+            self.callbacks, args, run_state, model=model, processing_class=self.processing_class
+        )
+        started, begun_at = time.perf_counter(), run_state.global_step
+        with (
+            RunLog(args, total_steps, self.headline, run_state.log_history, begun_at) as output,
+            terminable() as end,
+        ):
+
+            def write_log() -> None:
+                record = tally.average()
+                run_state.log_history.append(record)
+                output.write(record)
+                callbacks.call("on_log", logs=record)
 
             def on_record(record: Record) -> None:
-                nonlocal steps, samples, loss_sum, epoch
-                steps, samples = steps + 1, samples + record.pop("samples")
-                loss_sum, epoch = loss_sum + record["loss"], record["epoch"]
-                unlogged.append(record)
-                if steps % args.logging_steps == 0 or steps == total_steps:
-                    self.log_history.append(average(unlogged))
-                    unlogged.clear()
-                    output.write(self.log_history[-1])
+                tally.add(record)
+                if tally.steps % args.logging_steps == 0 or tally.steps == total_steps:
+                    write_log()
                 output.advance()
 
-            def on_state(newest: TrainState) -> None:
-                nonlocal state  # the one before is consumed
-                state = newest
-                if trains_all:
-                    model.params = newest.trained
+            def after_step(facts: Mapping[str, Any], settle: Callable[[], None]) -> bool:
+                run_state.global_step += 1
+                run_state.epoch = facts["epoch"]
+                epoch_ends = float(facts["epoch"]).is_integer()
+                callbacks.call("on_step_end")
+                if epoch_ends:
+                    callbacks.call("on_epoch_end")
+                if keeper is not None:
+                    keeper.after_step(state, newest, output, callbacks, settle, epoch_ends, bool(end))
+                goes_on = not (callbacks.control.should_training_stop or end)
+                if goes_on and run_state.global_step < total_steps:
+                    if epoch_ends:
+                        callbacks.call("on_epoch_begin")
+                    callbacks.call("on_step_begin")
+                return goes_on
 
-            def keep() -> None:
-                if not trains_all:
-                    model.lora = state.trained
-
-            def newest() -> tuple[Params, Lora | None]:
-                return (model.params, None) if trains_all else (model.params, state.trained)
-
-            stream = itertools.islice(batches(newest), total_steps)
+            for hook in ("on_train_begin", "on_epoch_begin", "on_step_begin"):
+                callbacks.call(hook)
+            if keeper is not None:
+                keeper.before_training(newest, output, callbacks)
+            stream = itertools.islice(batches(newest), total_steps - begun_at)
             try:
-                run(step, state, frozen, stream, on_record, on_state)
+                run(step, state, frozen, stream, on_record, hand_over, after_step)
+                if tally.unlogged:  # stopped between two lines
+                    write_log()
+                if keeper is not None:
+                    hand_over(keeper.end(state))
             except DivergenceError as error:
-                if not trains_all:
-                    raise
-                fix = f"{error.fix} First load the model again: the weights that it began with are gone."
-                raise DivergenceError(error.found, expected=error.expected, fix=fix) from error
+                if keeper is not None:
+                    keeper.abandon()
+                raise self._diverged(error, keeper, trains_all) from error
             except BaseException:  # an interrupt, a reward function, a full disk: what was learnt is not lost
+                if keeper is not None:
+                    keeper.abandon()
                 if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.trained)):
                     keep()
                 raise
         keep()
-        runtime = time.perf_counter() - started
-        mean = loss_sum / total_steps
+        callbacks.call("on_train_end")
+        if end:
+            raise SystemExit(TERMINATED)
+        runtime, steps = time.perf_counter() - started, tally.steps
         metrics = {
             "train_runtime": runtime,
-            "train_samples_per_second": samples / runtime,
-            "train_steps_per_second": total_steps / runtime,
-            "train_loss": mean,
-            "epoch": epoch,
+            "train_samples_per_second": tally.samples / runtime,
+            "train_steps_per_second": (steps - begun_at) / runtime,
+            "train_loss": tally.loss_sum / max(1, steps),
+            "epoch": run_state.epoch,
         }
-        return TrainOutput(total_steps, mean, metrics)
+        return TrainOutput(steps, metrics["train_loss"], metrics)
+
+    def _diverged(self, error: DivergenceError, keeper: Keeper | None, trains_all: bool) -> DivergenceError:
+        """The same, with what there is to go on from."""
+        fix = error.fix
+        last = None if keeper is None else keeper.last_checkpoint
+        if last is not None:
+            fix += f" The last checkpoint before it is {last}: resume_from_checkpoint takes it."
+        elif trains_all:
+            fix += " First load the model again: the weights that it began with are gone."
+        return DivergenceError(error.found, expected=error.expected, fix=fix)
 
 
 def optimizer_of(args: TrainingConfig, total_steps: int) -> tuple[optax.GradientTransformation, Schedule]:

@@ -1,0 +1,194 @@
+"""Keeper: what of a run is evaluated, saved, found best and resumed."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtune.data.batches import BatchStream
+from jaxtune.data.sample import Sample
+from jaxtune.errors import CheckpointError
+from jaxtune.log import get_logger
+from jaxtune.models.causal_lm import Lora, Params
+from jaxtune.training.callbacks import Callbacks, RunState
+from jaxtune.training.checkpoints import Checkpoints, find, fingerprint, read_run, read_state
+from jaxtune.training.evaluation import evaluate
+from jaxtune.training.keeping_config import KeepingConfig
+from jaxtune.training.loop import Record
+from jaxtune.training.metrics import RunLog, Tally
+from jaxtune.training.step import TrainState
+
+log = get_logger(__name__)
+
+EvalSets = Mapping[str, Sequence[Sample]]
+"""By the prefix of their metrics: "eval", or "eval_<name>" for each of several."""
+
+_RESTORED = (
+    "global_step", "epoch", "log_history", "best_metric", "best_global_step", "best_model_checkpoint",
+)  # fmt: skip
+_SAME = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "seed",
+)
+
+
+class Keeper:
+    """Of one run. `begin` comes first, `end` or `abandon` last."""
+
+    def __init__(
+        self,
+        args: KeepingConfig,
+        model: Any,
+        tokenizer: Any,
+        stream: BatchStream,
+        eval_sets: EvalSets,
+        resume_from: str | Path | bool | None = None,
+    ):
+        self.args, self.model, self.tokenizer, self.stream, self.eval_sets = (
+            args,
+            model,
+            tokenizer,
+            stream,
+            eval_sets,
+        )
+        self.resume_from = args.resume_from_checkpoint if resume_from is None else resume_from
+        self.folder = None if args.output_dir is None else Path(args.output_dir)
+        saves = self.folder is not None and args.save_strategy != "no"
+        self.checkpoints = Checkpoints(self.folder, args.save_total_limit) if saves and self.folder else None
+        self.last_checkpoint: Path | None = None
+        self._evaluated_at = self._saved_at = -1
+
+    def begin(self, run: RunState, tally: Tally, state: TrainState) -> TrainState:
+        """The state to begin with: the given one, or that of the checkpoint to resume from, with all of `run` and
+        `tally` as they were then."""
+        self.run, self.tally = run, tally
+        if self.resume_from is None or self.resume_from is False:
+            return state
+        path = self.last_checkpoint = find(self.resume_from, self.folder)
+        found = read_run(path, self.model.causal_lm)
+        self._compare_settings(path, found["settings"])
+        if found["global_step"] >= run.max_steps:
+            raise CheckpointError(
+                f"{path} is of step {found['global_step']}, and the run has {run.max_steps} steps.",
+                expected="a run that is not finished.",
+                fix="Raise max_steps or num_train_epochs, or resume from an earlier checkpoint.",
+            )
+        for name in _RESTORED:
+            setattr(run, name, found[name])
+        for name, value in found["tally"].items():
+            setattr(tally, name, value)
+        self.stream.restore(found["data"])
+        log.info("resuming from %s, after %d of %d steps", path, run.global_step, run.max_steps)
+        return read_state(path, state)
+
+    def _compare_settings(self, path: Path, before: Mapping[str, Any]) -> None:
+        now = self._settings()
+        for name in _SAME:
+            if before.get(name) != now[name]:
+                log.warning(
+                    "%s was saved with %s=%r, and now it is %r: the run goes on differently.",
+                    path, name, before.get(name), now[name],
+                )  # fmt: skip
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self.args, name) for name in _SAME}
+
+    def before_training(self, newest: Callable, output: RunLog, callbacks: Callbacks) -> None:
+        if self.args.eval_on_start and self.run.global_step == 0:
+            self._evaluate(newest, output, callbacks)
+
+    def after_step(
+        self,
+        state: TrainState,
+        newest: Callable[[], tuple[Params, Lora | None]],
+        output: RunLog,
+        callbacks: Callbacks,
+        settle: Callable[[], None],
+        epoch_ends: bool,
+        ends: bool,
+    ) -> None:
+        """Evaluates and saves if it is time to, or a callback asks for it; and saves if the run `ends` early."""
+        when = (self.run.global_step, self.run.max_steps, epoch_ends)
+        if callbacks.asked("should_evaluate") or (self.args.evaluates(*when) and self.eval_sets):
+            settle()
+            is_best = self._evaluate(newest, output, callbacks)
+        else:
+            is_best = False
+        due = self.args.saves(*when) or (is_best and self.args.save_strategy == "best")
+        if self.checkpoints is not None and (callbacks.asked("should_save") or due or ends):
+            settle()
+            self._save(state, callbacks)
+
+    def _evaluate(self, newest: Callable, output: RunLog, callbacks: Callbacks) -> bool:
+        """Whether it was the best so far."""
+        params, lora = newest()
+        metrics: Record = {}
+        for prefix, samples in self.eval_sets.items():
+            batch_size = self.args.per_device_eval_batch_size
+            metrics |= evaluate(self.model.causal_lm, params, lora, samples, batch_size, prefix)
+        record = {"step": float(self.run.global_step), "epoch": self.run.epoch, **metrics}
+        self.run.log_history.append(record)
+        output.write_evaluation(record)
+        callbacks.call("on_evaluate", metrics=metrics)  # with the best before it, as in transformers
+        return self._note_best(metrics)
+
+    def _note_best(self, metrics: Record) -> bool:
+        if self.args.metric_for_best_model is None and "eval_loss" not in metrics:
+            return False  # several datasets, and nobody said which counts
+        value, best = self.args.metric_of(metrics), self.run.best_metric
+        is_best = best is None or (value > best if self.args.greater_is_better else value < best)
+        if is_best:
+            self.run.best_metric, self.run.best_global_step = value, self.run.global_step
+        return is_best
+
+    def _save(self, state: TrainState, callbacks: Callbacks) -> None:
+        assert self.checkpoints is not None and self.folder is not None
+        if self.run.best_global_step == self.run.global_step:
+            self.run.best_model_checkpoint = str(self.folder / f"checkpoint-{self.run.global_step}")
+        best = self.run.best_model_checkpoint
+        content = {
+            **dataclasses.asdict(self.run),
+            "tally": dataclasses.asdict(self.tally),
+            "data": self.stream.state(),
+            "settings": self._settings(),
+            "model": fingerprint(self.model.causal_lm),
+        }
+        path = self.checkpoints.save(state, content, self._save_model, None if best is None else Path(best))
+        self.last_checkpoint = path
+        callbacks.call("on_save")
+
+    def _save_model(self, folder: Path, trained: Any) -> None:
+        """The adapter for other programs; whole weights are in the state."""
+        if self.model.full_finetuning:
+            return
+        with_trained = copy.copy(self.model)
+        with_trained.lora = trained
+        with_trained.save_pretrained(
+            folder, self.tokenizer if hasattr(self.tokenizer, "save_pretrained") else None
+        )
+
+    def end(self, state: TrainState) -> TrainState:
+        """What the run leaves, once all is written: the best checkpoint's state, if that was asked for."""
+        if self.checkpoints is not None:
+            self.checkpoints.close()
+        best = self.run.best_model_checkpoint
+        if (
+            not self.args.load_best_model_at_end
+            or best is None
+            or self.run.best_global_step == self.run.global_step
+        ):
+            return state
+        log.info("loading the best model, of step %s (%s)", self.run.best_global_step, best)
+        return read_state(Path(best), state)
+
+    def abandon(self) -> None:
+        """After an error: what is being written is finished, and what went wrong with it said."""
+        if self.checkpoints is not None:
+            try:
+                self.checkpoints.close()
+            except Exception as error:
+                log.warning("the last checkpoint could not be written: %s", error)
