@@ -6,7 +6,8 @@ from tokenizers import processors
 
 from jaxtune.data.encoding import encode_marked, encode_texts, prefix_ids, visibly_marked
 from jaxtune.data.templates import TEMPLATES, get_chat_template, masking_template
-from tests.data.tiny_tokenizer import CHATML, LLAMA, chatml_tokenizer, llama_tokenizer, tiny_tokenizer
+from tests.data.named_formats import FORMATS
+from tests.data.tiny_tokenizer import CHATML, chatml_tokenizer, llama_tokenizer, tiny_tokenizer
 
 ANSWERS = ["4", " 4", "\n4", "4 \n", "", "na\u00efve \U0001f642", "two\n\nparts", "<|im_end|>"]
 
@@ -27,10 +28,10 @@ class TestMarkedTokens:
     @pytest.mark.parametrize("answer", ANSWERS)
     @pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.name)
     def test_are_the_answers_with_the_tokens_that_end_them(self, template, answer):
-        tokenizer = get_chat_template(tiny_tokenizer((*CHATML, *LLAMA), merges=()), template.name)
+        form = FORMATS[template.name]
+        tokenizer = get_chat_template(form.tokenizer(merges=()), template.name)
         ids, text = marked_text(tokenizer, masking_template(tokenizer), chat_with(answer))
-        answer = answer if template.name == "chatml" else answer.strip()
-        assert text == f"{answer}{template.stop_token}six{template.stop_token}"
+        assert text == form.written(answer) + form.written_last("six")
         assert ids == tokenizer.apply_chat_template(chat_with(answer))["input_ids"]
 
     @pytest.mark.parametrize(
