@@ -313,7 +313,7 @@ class TestGptOss:
 
     def text(self, messages, **options) -> str:
         tokenizer = get_chat_template(FORMATS["gpt-oss"].tokenizer(), "gpt-oss")
-        return tokenizer.apply_chat_template(messages, tokenize=False, date_string="2025-08-05", **options)
+        return tokenizer.apply_chat_template(messages, tokenize=False, current_date="2025-08-05", **options)
 
     def test_a_conversation(self):
         assert self.text(TWICE) == f"{HARMONY}{HARMONY_TWICE}<|return|>"
@@ -391,7 +391,13 @@ class TestTextParts:
 
 
 @pytest.mark.parametrize("name", ["gemma-4", "gemma-4-thinking"])
-def test_gemma_4_does_not_ignore_enable_thinking(name):
+def test_gemma_4_is_asked_to_think_in_the_system_turn(name):
     tokenizer = get_chat_template(FORMATS[name].tokenizer(), name)
-    with pytest.raises(Exception, match=f"{name} has no form for enable_thinking"):
-        tokenizer.apply_chat_template(ONE, tokenize=False, enable_thinking=True)
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
+    rest = "<|turn>user\nHi?<turn|>\n<|turn>model\n"
+    assert tokenizer.apply_chat_template(ONE, **options) == (
+        f"<bos><|turn>system\n<|think|>\n<turn|>\n{rest}"
+    )
+    assert tokenizer.apply_chat_template([system("Be brief."), *ONE], **options) == (
+        f"<bos><|turn>system\n<|think|>\nBe brief.<turn|>\n{rest}"
+    )

@@ -72,15 +72,22 @@ _SPOKEN = (
 )
 
 
+# Thinking is asked for at the top of the system turn.
+_THINK = r"""
+{%- if enable_thinking and messages[0]['role'] not in ('system', 'developer') %}
+    {{- '<|turn>system\n<|think|>\n<turn|>\n' }}
+{%- endif %}"""
+
+
 def _gemma_4(name: str, prompt: str) -> str:
     return (
         without_tools(name)
-        + f"""
-{{%- if enable_thinking %}}{{{{ raise_exception('{name} has no form for enable_thinking') }}}}{{% endif %}}
-{{{{- bos_token }}}}"""
+        + "{{- bos_token }}"
+        + _THINK
         + turns(
             name,
-            system=r"'<|turn>system\n' + content + '<turn|>\n'",
+            system=r"'<|turn>system\n' + ('<|think|>\n' if enable_thinking and loop.first else '')"
+            r" + content + '<turn|>\n'",
             system_roles=("system", "developer"),
             user=r"'<|turn>user\n' + content + '<turn|>\n'",
             opening=r"'<|turn>model\n'",
@@ -92,6 +99,9 @@ def _gemma_4(name: str, prompt: str) -> str:
     )
 
 
+# The models that can think are asked not to by a thought that is over before it began.
+_UNLESS_THINKING = r"'<|turn>model\n' + ('' if enable_thinking else '<|channel>thought\n<channel|>')"
+
 _GEMMA_PARTS = ("<end_of_turn>", "<start_of_turn>user\n", "<start_of_turn>model\n")
 _GEMMA_4_PARTS = ("<turn|>", "<|turn>user\n", "<|turn>model\n")
 
@@ -99,11 +109,10 @@ TEMPLATES = (
     ChatTemplate("gemma", ("gemma2",), _GEMMA, *_GEMMA_PARTS, has_system=False),
     ChatTemplate("gemma-3", ("gemma3", "gemma-3n", "gemma3n"), _GEMMA_3, *_GEMMA_PARTS),
     ChatTemplate("gemma-4", ("gemma4",), _gemma_4("gemma-4", r"'<|turn>model\n'"), *_GEMMA_4_PARTS),
-    # The models that can think are asked not to by a thought that is over before it began.
     ChatTemplate(
         "gemma-4-thinking",
         ("gemma4-thinking",),
-        _gemma_4("gemma-4-thinking", r"'<|turn>model\n<|channel>thought\n<channel|>'"),
+        _gemma_4("gemma-4-thinking", _UNLESS_THINKING),
         *_GEMMA_4_PARTS,
     ),
 )

@@ -2,13 +2,13 @@
 
 from jaxtune.data.chat_templates.template import ChatTemplate, turns, without_tools
 
-# Options of the published format, all optional: model_identity, reasoning_effort; and date_string, for those who need
+# Options of the published format, all optional: model_identity, reasoning_effort; and current_date, for those who need
 # the same text every day.
 _HEAD = r"""
 {{- '<|start|>system<|message|>' }}
 {{- model_identity | default('You are ChatGPT, a large language model trained by OpenAI.') + '\n' }}
 {{- 'Knowledge cutoff: 2024-06\nCurrent date: ' }}
-{{- date_string if date_string is defined else strftime_now('%Y-%m-%d') }}
+{{- current_date if current_date is defined else strftime_now('%Y-%m-%d') }}
 {{- '\n\nReasoning: ' + reasoning_effort | default('medium') + '\n\n' }}
 {{- '# Valid channels: analysis, commentary, final. Channel must be included for every message.<|end|>' }}
 {%- if messages[0]['role'] in ('system', 'developer') %}
