@@ -259,6 +259,8 @@ TEXTS = {
          f"<|startoftext|>{IM_TWICE}"),
         ([user("Hi?"), assistant("<think>hm</think> Hello.")],
          f"<|startoftext|>{IM_ANSWERED.replace(' Hello. ', '<think>hm</think> Hello.')}"),
+        ([*TWICE, {"role": "tool", "content": ["3"]}],
+         f'<|startoftext|>{IM_TWICE}<|im_start|>tool\n["3"]<|im_end|>\n'),
     ]),
     "phi-4": ("<|im_start|>assistant<|im_sep|>", [
         (ONE, "<|im_start|>user<|im_sep|> Hi?\n<|im_end|>"),
@@ -356,14 +358,19 @@ class TestGptOss:
             self.text([user("Hi?"), assistant("<|channel|>analysis<|message|>hm")])
 
 
-def test_lfm_2_lists_tools_in_the_system_turn():
-    tokenizer = get_chat_template(FORMATS["lfm-2"].tokenizer(), "lfm-2")
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [("lfm-2", "<|tool_list_start|>[", "]<|tool_list_end|>"), ("lfm-2.5", "[", "]")],
+)
+def test_lfm_lists_tools_in_the_system_turn(name, before, after):
+    tokenizer = get_chat_template(FORMATS[name].tokenizer(), name)
     listed = ", ".join(json.dumps(tool) for tool in TOOLS)
-    text = tokenizer.apply_chat_template([system("Be."), user("Hi?")], tools=TOOLS, tokenize=False)
-    assert text.startswith(
-        "<|startoftext|><|im_start|>system\nBe.\n"
-        f"List of tools: <|tool_list_start|>[{listed}]<|tool_list_end|><|im_end|>\n"
-    )
+    for chat, said in ((SYSTEM, " Be brief. \n"), (TWICE, "")):
+        text = tokenizer.apply_chat_template(chat, tools=TOOLS, tokenize=False)
+        assert text.startswith(
+            f"<|startoftext|><|im_start|>system\n{said}List of tools: {before}{listed}{after}<|im_end|>\n"
+            "<|im_start|>user\nHi?"
+        )
 
 
 def test_lfm_2_5_may_keep_past_thoughts():

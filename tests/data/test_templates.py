@@ -1,8 +1,9 @@
 """Chat templates render the published formats to the letter, by name, whatever the tokenizer's own template was."""
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from jaxtune import assets
 from jaxtune.data.formats import prepare
 from jaxtune.data.templates import TEMPLATES, get_chat_template, masking_template, named_template, template_of
 from jaxtune.errors import ChatTemplateError, OptionError
@@ -53,7 +54,7 @@ RENDERED = [
         LLAMA_31_HEAD + "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi?<|eot_id|>",
     ),
 ]
-WITH_TOOLS = ("lfm-2", "llama-3.1", "qwen-2.5", "qwen-3", "qwen3-instruct", "qwen3-thinking")
+WITH_TOOLS = ("lfm-2", "lfm-2.5", "llama-3.1", "qwen-2.5", "qwen-3", "qwen3-instruct", "qwen3-thinking")
 PROMPTS = {
     "chatml": "<|im_start|>assistant\n",
     "llama-3": "<|start_header_id|>assistant<|end_header_id|>\n\n",
@@ -112,6 +113,15 @@ NAMES = (
 )
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in FORMATS if name not in ("chatml", "lfm-2", "lfm-2.5", "llama-3", "llama-3.1")]
+)
+def test_an_unknown_role_is_not_dropped_silently(name):
+    tokenizer = get_chat_template(TOKENIZERS[name](), name)
+    with pytest.raises(Exception, match=r"the role critic|user and assistant in turn"):
+        render(tokenizer, [USER, {"role": "critic", "content": "No."}])
+
+
 class TestNames:
     @pytest.mark.parametrize("alias", ["llama-31", "llama-3.2", "llama-3.3", "llama-32", "llama-33"])
     def test_aliases(self, alias):
@@ -139,6 +149,9 @@ class TestNames:
         tokenizer = get_chat_template(TOKENIZERS[name](), name, system_message=system_message)
         tokenizer.save_pretrained(tmp_path)
         assert template_of(PreTrainedTokenizerFast.from_pretrained(tmp_path)).name == name
+
+    def test_the_embedded_model_s_own_is_chatml(self):
+        assert template_of(AutoTokenizer.from_pretrained(assets.TINY)).name == "chatml"
 
 
 class TestStopToken:

@@ -1,6 +1,6 @@
 """The named conversation formats. Names of one and the same format are aliases of one template."""
 
-from jaxtune.data.chat_templates import chatml, gemma, gpt_oss, llama, plain, qwen
+from jaxtune.data.chat_templates import chatml, gemma, gpt_oss, lfm, llama, plain, qwen
 from jaxtune.data.chat_templates.template import ChatTemplate
 
 TEMPLATES: tuple[ChatTemplate, ...] = (
@@ -9,6 +9,7 @@ TEMPLATES: tuple[ChatTemplate, ...] = (
     *qwen.TEMPLATES,
     *gemma.TEMPLATES,
     *gpt_oss.TEMPLATES,
+    *lfm.TEMPLATES,
     *plain.TEMPLATES,
 )
 

@@ -1,6 +1,6 @@
 """Gemma 1 to 4, as text: user and model in turn, without white space at the ends of what they say."""
 
-from jaxtune.data.chat_templates.template import ChatTemplate, alternating, turns, without_tools
+from jaxtune.data.chat_templates.template import ChatTemplate, alternating, filled, turns, without_tools
 
 
 def _gemma_turns(name: str, *, user: str, content: str) -> str:
@@ -31,7 +31,7 @@ _TEXT_PARTS = """
         {%- set content %}
             {%- for part in message['content'] + [] %}
                 {%- if part['type'] != 'text' %}
-                    {{- raise_exception('NAME has no form here for a part of the type ' + part['type']) }}
+                    {{- raise_exception('@name@ has no form here for a part of the type ' + part['type']) }}
                 {%- endif %}
                 {{- part['text'] | trim }}
             {%- endfor %}
@@ -55,13 +55,13 @@ _GEMMA_3 = (
     + _gemma_turns(
         "gemma-3",
         user="(system_text if loop.first else '') + content",
-        content=_TEXT_PARTS.replace("NAME", "gemma-3"),
+        content=filled(_TEXT_PARTS, name="gemma-3"),
     )
 )
 
 # Thoughts of the model are left out of what it said.
 _SPOKEN = (
-    _TEXT_PARTS.replace("NAME", "gemma-4")
+    filled(_TEXT_PARTS, name="gemma-4")
     + """
     {%- if message['role'] == 'assistant' %}
         {%- set spoken %}

@@ -1,6 +1,6 @@
 """Qwen 2.5 and 3: ChatML with tools, and with thoughts that only the newest answers keep."""
 
-from jaxtune.data.chat_templates.template import ChatTemplate, leading_system
+from jaxtune.data.chat_templates.template import ChatTemplate, filled, leading_system
 
 _HEAD = r"""
 {%- if tools or system_text is not none %}
@@ -48,28 +48,29 @@ _NO_THOUGHT = """
 _TURNS = r"""
 {%- for message in messages %}
     {%- set content = message['content'] or '' if message['tool_calls'] else message['content'] + '' %}
-    {%- if message['role'] == 'assistant' %}THOUGHT
+    {%- if message['role'] == 'assistant' %}@said@
         {{- '<|im_start|>assistant\n' }}{% generation %}{{ said }}
         {%- for call in message['tool_calls'] or [] %}
             {{- '\n' if content or not loop.first else '' }}
             {%- set call = call['function'] if call['function'] else call %}
             {{- '<tool_call>\n{"name": "' + call['name'] + '", "arguments": ' }}
-            {{- ARGUMENTS }}{{ '}\n</tool_call>' }}
+            {{- @arguments@ }}{{ '}\n</tool_call>' }}
         {%- endfor %}
         {{- '<|im_end|>' }}{% endgeneration %}{{ '\n' }}
     {%- elif message['role'] == 'tool' %}
         {{- '<|im_start|>user' if loop.first or messages[loop.index0 - 1]['role'] != 'tool' else '' }}
         {{- '\n<tool_response>\n' + content + '\n</tool_response>' }}
         {{- '<|im_end|>\n' if loop.last or messages[loop.index0 + 1]['role'] != 'tool' else '' }}
-    {%- else %}{{ '<|im_start|>' + message['role'] + '\n' + content + '<|im_end|>\n' }}{% endif %}
+    {%- elif message['role'] in ('user', 'system') %}
+        {{- '<|im_start|>' + message['role'] + '\n' + content + '<|im_end|>\n' }}
+    {%- else %}{{ raise_exception('Qwen has no form for the role ' + message['role']) }}{% endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}PROMPT{% endif %}"""
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}@prompt@{% endif %}"""
 
 
 def _qwen(*, default_system: str = "none", thinks: bool, arguments: str, prompt: str = "") -> str:
     """`default_system` and `arguments` (of a call) are Jinja expressions, `prompt` is Jinja."""
-    loop = _TURNS.replace("THOUGHT", _THOUGHT if thinks else _NO_THOUGHT)
-    loop = loop.replace("ARGUMENTS", arguments).replace("PROMPT", prompt)
+    loop = filled(_TURNS, said=_THOUGHT if thinks else _NO_THOUGHT, arguments=arguments, prompt=prompt)
     return leading_system(default_system) + _HEAD + (_LAST_QUESTION if thinks else "") + loop
 
 

@@ -4,6 +4,7 @@ Every template is written once, with `{% generation %}` around what the assistan
 to produce after the prompt, with the token that ends its turn.
 """
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,41 +42,64 @@ class ChatTemplate:
         return self.instruction_part.replace(OWN_BOS, tokenizer.bos_token or ""), self.response_part
 
 
+def filled(jinja: str, **parts: str) -> str:
+    """The text with its parts in place of their names, which stand in it as `@name@`: braces are Jinja's."""
+    return re.sub(r"@(\w+)@", lambda found: parts[found[1]], jinja)
+
+
+_WITHOUT_TOOLS = """
+{%- if tools %}{{ raise_exception('@name@ has no form for tools') }}{% endif %}
+{%- for message in messages if message['tool_calls'] %}
+    {{- raise_exception('@name@ has no form for tool calls') }}
+{%- endfor %}"""
+
+_LEADING_SYSTEM = """
+{%- set system_text = @default@ %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_text = messages[0]['content'] + '' %}
+    {%- set messages = messages[1:] %}
+{%- endif %}"""
+
+_ALTERNATING = """
+{%- for message in messages %}
+    {%- if message['role'] == 'system' and loop.first %}
+        {{- raise_exception('@name@ has no system role: begin the first user message with these words') }}
+    {%- endif %}
+    {%- if message['role'] != ('assistant' if loop.index0 % 2 else 'user') %}
+        {{- raise_exception('@name@ wants user and assistant in turn, the user first') }}
+    {%- endif %}
+{%- endfor %}"""
+
+# `+ ''` makes a message without content an error instead of an empty turn.
+_WHOLE_CONTENT = """
+    {%- set content = message['content'] + '' %}"""
+
+_SYSTEM_TURN = """
+    {%- elif message['role'] in @roles@ %}{{ @system@ }}"""
+
+_TURNS = """
+{%- for message in messages %}@content@
+    {%- if message['role'] == 'user' %}{{ @user@ }}
+    {%- elif message['role'] == 'assistant' %}
+        {{- @opening@ }}{% generation %}{{ @answer@ }}{% endgeneration %}{{ @closing@ }}@system_turn@
+    {%- else %}{{ raise_exception('@name@ has no form here for the role ' + message['role']) }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ @prompt@ }}{% else %}{{ @ending@ }}{% endif %}"""
+
+
 def without_tools(name: str) -> str:
     """Refuses tools, which a format without a form for them would drop silently."""
-    return f"""
-{{%- if tools %}}{{{{ raise_exception('{name} has no form for tools') }}}}{{% endif %}}
-{{%- for message in messages if message['tool_calls'] %}}
-    {{{{- raise_exception('{name} has no form for tool calls') }}}}
-{{%- endfor %}}"""
+    return filled(_WITHOUT_TOOLS, name=name)
 
 
 def leading_system(default: str = "''") -> str:
     """Takes a leading system message out of `messages`: `system_text` is what it says, or the default expression."""
-    return f"""
-{{%- set system_text = {default} %}}
-{{%- if messages[0]['role'] == 'system' %}}
-    {{%- set system_text = messages[0]['content'] + '' %}}
-    {{%- set messages = messages[1:] %}}
-{{%- endif %}}"""
+    return filled(_LEADING_SYSTEM, default=default)
 
 
 def alternating(name: str) -> str:
     """Refuses what is not user and assistant in turn, as the published templates of such formats do."""
-    return f"""
-{{%- for message in messages %}}
-    {{%- if message['role'] == 'system' and loop.first %}}
-        {{{{- raise_exception('{name} has no system role: begin the first user message with these words') }}}}
-    {{%- endif %}}
-    {{%- if message['role'] != ('assistant' if loop.index0 % 2 else 'user') %}}
-        {{{{- raise_exception('{name} wants user and assistant in turn, the user first') }}}}
-    {{%- endif %}}
-{{%- endfor %}}"""
-
-
-# `+ ''` makes a message without content an error instead of an empty turn.
-WHOLE_CONTENT = """
-    {%- set content = message['content'] + '' %}"""
+    return filled(_ALTERNATING, name=name)
 
 
 def turns(
@@ -87,7 +111,7 @@ def turns(
     closing: str = "''",
     system: str | None = None,
     system_roles: tuple[str, ...] = ("system",),
-    content: str = WHOLE_CONTENT,
+    content: str = _WHOLE_CONTENT,
     prompt: str | None = None,
     ending: str = "''",
 ) -> str:
@@ -103,13 +127,16 @@ def turns(
         prompt: asks for an answer, where that is more than `opening`.
         ending: ends a conversation in which no answer is asked for.
     """
-    system_turn = f"{{%- elif message['role'] in {list(system_roles)} %}}{{{{ {system} }}}}" if system else ""
-    return f"""
-{{%- for message in messages %}}{content}
-    {{%- if message['role'] == 'user' %}}{{{{ {user} }}}}
-    {{%- elif message['role'] == 'assistant' %}}
-        {{{{- {opening} }}}}{{% generation %}}{{{{ {answer} }}}}{{% endgeneration %}}{{{{ {closing} }}}}
-    {system_turn}
-    {{%- else %}}{{{{ raise_exception('{name} has no form here for the role ' + message['role']) }}}}{{% endif %}}
-{{%- endfor %}}
-{{%- if add_generation_prompt %}}{{{{ {prompt or opening} }}}}{{% else %}}{{{{ {ending} }}}}{{% endif %}}"""
+    roles = str(list(system_roles))
+    return filled(
+        _TURNS,
+        name=name,
+        content=content,
+        user=user,
+        opening=opening,
+        answer=answer,
+        closing=closing,
+        system_turn=filled(_SYSTEM_TURN, roles=roles, system=system) if system else "",
+        prompt=prompt or opening,
+        ending=ending,
+    )
