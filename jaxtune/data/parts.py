@@ -19,7 +19,7 @@ def find_parts(tokenizer: "Tokenizer") -> tuple[str, str]:
     """`(instruction_part, response_part)`, as they stand in rendered text."""
     named = template_of(tokenizer)
     if named is not None:
-        return named.instruction_part, named.response_part
+        return named.parts_of(tokenizer)
     encoding.require_chat_template(tokenizer)
     turns = ["first question", "first answer", "second question", "second answer"]
     chat = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]

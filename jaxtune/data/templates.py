@@ -1,15 +1,16 @@
 """Chat templates by name: `get_chat_template` gives a tokenizer one, and the token that ends its turns.
 
-Each template is written once, with `{% generation %}` around what the assistant writes, so that masks are exact. The
-tokenizer gets it *without* these tags, because it is saved and travels: minijinja and llama-cpp-python (and what is
-built on them) reject a tag they do not know. `masking_template` puts the tags back when a mask is wanted.
+The templates (`data/chat_templates`) mark what the assistant writes with `{% generation %}`, so that masks are exact.
+The tokenizer gets them *without* these tags, because it is saved and travels: minijinja and llama-cpp-python (and what
+is built on them) reject a tag they do not know. `masking_template` puts the tags back when a mask is wanted.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from jaxtune.data.chat_templates import TEMPLATES, ChatTemplate
+from jaxtune.data.chat_templates.template import OWN_EOS
 from jaxtune.data.encoding import marks_generation, prefix_ids
 from jaxtune.errors import ChatTemplateError, OptionError, nearest
 
@@ -17,123 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 DEFAULT_MAPPING = {"role": "role", "content": "content", "user": "user", "assistant": "assistant"}
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """One published conversation format."""
-
-    name: str
-    aliases: tuple[str, ...]
-    marked_jinja: str  # with {% generation %} markers
-    stop_token: str  # ends every turn; what generation stops at
-    instruction_part: str  # what opens a user's turn
-    response_part: str  # what opens the assistant's turn
-
-    @property
-    def jinja(self) -> str:
-        return self.marked_jinja.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-
-
-# `+ ''` makes a message without content an error instead of an empty turn.
-_CHATML = r"""
-{%- if tools %}{{ raise_exception('chatml has no form for tools') }}{% endif %}
-{%- for message in messages %}
-    {%- if message['tool_calls'] %}{{ raise_exception('chatml has no form for tool calls') }}{% endif %}
-    {%- set content = message['content'] + '' %}
-    {{- '<|im_start|>' + message['role'] + '\n' }}
-    {%- if message['role'] == 'assistant' %}{% generation %}{{ content + '<|im_end|>' }}{% endgeneration %}
-    {%- else %}{{ content + '<|im_end|>' }}{% endif %}
-    {{- '\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-
-_LLAMA_3 = r"""
-{%- if tools %}{{ raise_exception('llama-3 has no form for tools; llama-3.1 has') }}{% endif %}
-{{- bos_token }}
-{%- for message in messages %}
-    {%- if message['tool_calls'] %}{{ raise_exception('llama-3 has no form for tool calls') }}{% endif %}
-    {%- set content = (message['content'] + '') | trim %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}
-    {%- if message['role'] == 'assistant' %}{% generation %}{{ content + '<|eot_id|>' }}{% endgeneration %}
-    {%- else %}{{ content + '<|eot_id|>' }}{% endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
-
-# Options of the published format, all optional: date_string, custom_tools (instead of tools), builtin_tools,
-# tools_in_user_message. There is always a system turn, for the dates.
-_LLAMA_3_1 = r"""
-{{- bos_token }}
-{%- if custom_tools is defined %}{% set tools = custom_tools %}{% endif %}
-{%- if tools is not defined %}{% set tools = none %}{% endif %}
-{%- set in_user_turn = tools_in_user_message | default(true) %}
-{%- set how_to_call %}
-    {{- 'Respond in the format {"name": function name, ' }}
-    {{- '"parameters": dictionary of argument name and its value}.Do not use variables.\n\n' }}
-    {%- for tool in tools or [] %}{{ tool | tojson(indent=4) + '\n\n' }}{% endfor %}
-{%- endset %}
-{%- set system_text = '' %}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system_text = (messages[0]['content'] + '') | trim %}
-    {%- set messages = messages[1:] %}
-{%- endif %}
-{{- '<|start_header_id|>system<|end_header_id|>\n\n' }}
-{%- if tools is not none or builtin_tools is defined %}{{ 'Environment: ipython\n' }}{% endif %}
-{%- if builtin_tools is defined %}
-    {{- 'Tools: ' + builtin_tools | reject('equalto', 'code_interpreter') | join(', ') + '\n\n' }}
-{%- endif %}
-{{- 'Cutting Knowledge Date: December 2023\n' }}
-{{- 'Today Date: ' + date_string | default('26 Jul 2024') + '\n\n' }}
-{%- if tools is not none and not in_user_turn %}
-    {{- 'You have access to the following functions. ' }}
-    {{- 'To call a function, please respond with JSON for a function call.' + how_to_call }}
-{%- endif %}
-{{- system_text + '<|eot_id|>' }}
-{%- if tools is not none and in_user_turn %}
-    {%- if not messages %}{{ raise_exception('tools go into the first user turn, and there is none') }}{% endif %}
-    {{- '<|start_header_id|>user<|end_header_id|>\n\n' }}
-    {{- 'Given the following functions, please respond with a JSON for a function call ' }}
-    {{- 'with its proper arguments that best answers the given prompt.\n\n' + how_to_call }}
-    {{- (messages[0]['content'] + '') | trim + '<|eot_id|>' }}
-    {%- set messages = messages[1:] %}
-{%- endif %}
-{%- for message in messages %}
-    {%- if 'tool_calls' in message %}
-        {%- if message['tool_calls'] | length != 1 %}
-            {{- raise_exception('llama-3.1 makes one tool call in a turn') }}
-        {%- endif %}
-        {%- set call = message['tool_calls'][0]['function'] %}
-        {%- if builtin_tools is defined and call['name'] in builtin_tools %}
-            {%- set text %}<|python_tag|>{{ call['name'] }}.call({% for name, value in call['arguments'] | items %}
-                {{- name + '="' + value + '"' }}{% if not loop.last %}, {% endif %}{% endfor %}){% endset %}
-        {%- else %}
-            {%- set text = '{"name": "' + call['name'] + '", "parameters": ' + call['arguments'] | tojson + '}' %}
-        {%- endif %}
-        {%- set text = text + ('<|eom_id|>' if builtin_tools is defined else '<|eot_id|>') %}
-        {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% generation %}{{ text }}{% endgeneration %}
-    {%- elif message['role'] in ('tool', 'ipython') %}
-        {{- '<|start_header_id|>ipython<|end_header_id|>\n\n' + message['content'] | tojson + '<|eot_id|>' }}
-    {%- else %}
-        {%- set content = (message['content'] + '') | trim %}
-        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}
-        {%- if message['role'] == 'assistant' %}{% generation %}{{ content + '<|eot_id|>' }}{% endgeneration %}
-        {%- else %}{{ content + '<|eot_id|>' }}{% endif %}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
-
-_LLAMA_PARTS = (
-    "<|eot_id|>",
-    "<|start_header_id|>user<|end_header_id|>\n\n",
-    "<|start_header_id|>assistant<|end_header_id|>\n\n",
-)
-_LLAMA_3_1_NAMES = ("llama-31", "llama-3.2", "llama-3.3", "llama-32", "llama-33")
-
-TEMPLATES: tuple[ChatTemplate, ...] = (
-    ChatTemplate("chatml", (), _CHATML, "<|im_end|>", "<|im_start|>user\n", "<|im_start|>assistant\n"),
-    ChatTemplate("llama-3", ("llama3",), _LLAMA_3, *_LLAMA_PARTS),
-    ChatTemplate("llama-3.1", _LLAMA_3_1_NAMES, _LLAMA_3_1, *_LLAMA_PARTS),
-)
 _BY_NAME = {name: template for template in TEMPLATES for name in (template.name, *template.aliases)}
 
 
@@ -157,6 +41,7 @@ def get_chat_template(
     """
     if isinstance(chat_template, str):
         template = named_template(chat_template)
+        _require_form(template, tokenizer, system_message)
         jinja, stop_token = template.jinja, template.stop_token
         # A tokenizer that starts every text with bos trains and generates better from one: the template writes it, so
         # that it is there exactly once on every path, ours and other people's.
@@ -165,7 +50,7 @@ def get_chat_template(
     else:
         (jinja, stop_token), bos = chat_template, ""
 
-    if map_eos_token and stop_token != "eos_token":
+    if map_eos_token and stop_token != OWN_EOS:
         _end_turns_with(tokenizer, stop_token)
     tokenizer.chat_template = _renaming(mapping) + _default_system(system_message) + bos + jinja
     return tokenizer
@@ -193,6 +78,22 @@ def masking_template(tokenizer: "Tokenizer") -> str | None:
     if template is not None:
         return jinja.removesuffix(template.jinja) + template.marked_jinja
     return jinja if isinstance(jinja, str) and marks_generation(jinja) else None
+
+
+def _require_form(template: ChatTemplate, tokenizer: "Tokenizer", system_message: str | None) -> None:
+    """What would otherwise be an error of every single conversation."""
+    if template.stop_token == OWN_EOS and tokenizer.eos_token is None:
+        raise ChatTemplateError(
+            f"the template {template.name!r} ends turns with the tokenizer's eos token, and it has none.",
+            expected="a tokenizer with an eos_token.",
+            fix="Set `tokenizer.eos_token` to a token of its vocabulary, or choose a template with a stop token.",
+        )
+    if system_message is not None and not template.has_system:
+        raise ChatTemplateError(
+            f"the template {template.name!r} has no place for a system message.",
+            expected="system_message=None for this format, as it was published.",
+            fix="Begin the first user message with these words, or choose another template.",
+        )
 
 
 def _end_turns_with(tokenizer: "Tokenizer", stop_token: str) -> None:

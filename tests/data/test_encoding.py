@@ -6,9 +6,12 @@ from tokenizers import processors
 
 from jaxtune.data.encoding import encode_marked, encode_texts, prefix_ids, visibly_marked
 from jaxtune.data.templates import TEMPLATES, get_chat_template, masking_template
-from tests.data.tiny_tokenizer import CHATML, LLAMA, chatml_tokenizer, llama_tokenizer, tiny_tokenizer
+from tests.data.named_formats import FORMATS
+from tests.data.tiny_tokenizer import CHATML, chatml_tokenizer, llama_tokenizer, tiny_tokenizer
 
 ANSWERS = ["4", " 4", "\n4", "4 \n", "", "na\u00efve \U0001f642", "two\n\nparts", "<|im_end|>"]
+
+THOUGHTFUL = {"role": "assistant", "content": "six", "reasoning_content": "hm", "thinking": "hm"}
 
 
 def chat_with(answer: str) -> list[dict[str, str]]:
@@ -27,11 +30,39 @@ class TestMarkedTokens:
     @pytest.mark.parametrize("answer", ANSWERS)
     @pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.name)
     def test_are_the_answers_with_the_tokens_that_end_them(self, template, answer):
-        tokenizer = get_chat_template(tiny_tokenizer((*CHATML, *LLAMA), merges=()), template.name)
+        form = FORMATS[template.name]
+        tokenizer = get_chat_template(form.tokenizer(merges=()), template.name)
         ids, text = marked_text(tokenizer, masking_template(tokenizer), chat_with(answer))
-        answer = answer if template.name == "chatml" else answer.strip()
-        assert text == f"{answer}{template.stop_token}six{template.stop_token}"
+        assert text == form.written(answer) + form.written_last("six")
         assert ids == tokenizer.apply_chat_template(chat_with(answer))["input_ids"]
+
+    @pytest.mark.parametrize("name", ["qwen-2.5", "qwen-3", "qwen3-instruct", "qwen3-thinking"])
+    def test_hold_calls_of_tools_and_no_results(self, name):
+        tokenizer = get_chat_template(FORMATS[name].tokenizer(merges=()), name)
+        calls = [{"function": {"name": "add", "arguments": {"a": a}}} for a in (1, 2)]
+        chat = [
+            {"role": "user", "content": "1? 2?"},
+            {"role": "assistant", "content": "See:", "tool_calls": calls},
+            {"role": "tool", "content": "3"},
+            {"role": "tool", "content": "4"},
+            {"role": "assistant", "content": "five"},
+        ]
+        _, text = marked_text(tokenizer, masking_template(tokenizer), chat)
+        called = "".join(
+            f'\n<tool_call>\n{{"name": "add", "arguments": {{"a": {a}}}}}\n</tool_call>' for a in (1, 2)
+        )
+        assert text == f"See:{called}<|im_end|>{FORMATS[name].written_last('five')}"
+
+    def test_hold_the_thought_before_an_answer(self):
+        qwen = get_chat_template(FORMATS["qwen-3"].tokenizer(merges=()), "qwen-3")
+        _, text = marked_text(qwen, masking_template(qwen), [*chat_with("4")[:3], THOUGHTFUL])
+        assert text == "4<|im_end|><think>\nhm\n</think>\n\nsix<|im_end|>"
+        gpt = get_chat_template(FORMATS["gpt-oss"].tokenizer(merges=()), "gpt-oss")
+        _, text = marked_text(gpt, masking_template(gpt), [*chat_with("4")[:3], THOUGHTFUL])
+        assert text == (
+            "<|channel|>final<|message|>4<|end|>"
+            "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>six<|return|>"
+        )
 
     @pytest.mark.parametrize(
         ("name", "tokenizer"), [("chatml", chatml_tokenizer), ("llama-3.1", llama_tokenizer)]

@@ -3,13 +3,12 @@
 import pytest
 
 from jaxtune import get_chat_template
-from jaxtune.data.templates import TEMPLATES
 from jaxtune.export.ollama import GO_TEMPLATES, modelfile
 from tests.export.byte_level import byte_level
 from tests.export.go_template import render
 from tests.kit import models
 
-NAMES = [template.name for template in TEMPLATES]
+NAMES = list(GO_TEMPLATES)
 
 
 def user(text):

@@ -123,7 +123,7 @@ def _special_ids(tokenizer: Any) -> dict[str, Any]:
     }
     if template is not None:
         # What ends a turn, where that is not what ends a text: generation has to stop at both.
-        stop = tokenizer.convert_tokens_to_ids(template.stop_token)
+        stop = tokenizer.convert_tokens_to_ids(template.stop_token_of(tokenizer))
         ids["eot"] = stop if stop not in (tokenizer.unk_token_id, tokenizer.eos_token_id) else None
     return {f"tokenizer.ggml.{name}_token_id": np.uint32(n) for name, n in ids.items() if n is not None}
 
