@@ -33,7 +33,7 @@ def iterate_rows(dataset: Any) -> Iterator[Row]:
 
 
 def text_field(row: Row, index: int, field: str) -> str:
-    value = _field(row, index, field)
+    value = field_of(row, index, field)
     if not isinstance(value, str):
         fix = "Correct or remove that row."
         if _is_list_of_dicts(value):
@@ -43,7 +43,7 @@ def text_field(row: Row, index: int, field: str) -> str:
 
 
 def messages_field(row: Row, index: int, field: str) -> list[Row]:
-    value = _field(row, index, field)
+    value = field_of(row, index, field)
     if not isinstance(value, list | tuple) or not all(isinstance(message, Mapping) for message in value):
         raise bad_row(
             index,
@@ -69,7 +69,7 @@ def formatted_texts(row: Row, index: int, formatting_func: Callable[[Row], str |
 
 def integers_field(row: Row, index: int, field: str, length: int | None = None) -> np.ndarray:
     """A flat list of integers as int32; with `length`, one value for each token."""
-    value = np.asarray(_field(row, index, field))
+    value = np.asarray(field_of(row, index, field))
     if value.size == 0:
         value = value.astype(np.int32)
     if value.ndim != 1 or value.dtype.kind not in "iub":
@@ -115,7 +115,7 @@ def _only_dicts(rows: Iterator[Any]) -> Iterator[Row]:
         yield row
 
 
-def _field(row: Row, index: int, field: str) -> Any:
+def field_of(row: Row, index: int, field: str) -> Any:
     if field not in row:
         raise bad_row(
             index,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jaxtune.data.encoding import marks_generation, prefix_ids
+from jaxtune.data.example_template import example_of
 from jaxtune.errors import ChatTemplateError, OptionError, nearest
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def get_chat_template(
         (jinja, stop_token), bos = chat_template, ""
 
     if map_eos_token and stop_token != "eos_token":
-        _end_turns_with(tokenizer, stop_token)
+        end_turns_with(tokenizer, stop_token)
     tokenizer.chat_template = _renaming(mapping) + _default_system(system_message) + bos + jinja
     return tokenizer
 
@@ -192,10 +193,12 @@ def masking_template(tokenizer: "Tokenizer") -> str | None:
     jinja, template = tokenizer.chat_template, template_of(tokenizer)
     if template is not None:
         return jinja.removesuffix(template.jinja) + template.marked_jinja
+    if (example := example_of(tokenizer)) is not None:
+        return example.marked_jinja
     return jinja if isinstance(jinja, str) and marks_generation(jinja) else None
 
 
-def _end_turns_with(tokenizer: "Tokenizer", stop_token: str) -> None:
+def end_turns_with(tokenizer: "Tokenizer", stop_token: str) -> None:
     if tokenizer.convert_tokens_to_ids(stop_token) in (None, tokenizer.unk_token_id):
         raise ChatTemplateError(
             f"the template's stop token {stop_token!r} is not in the tokenizer's vocabulary.",
