@@ -20,7 +20,7 @@ log = get_logger(__name__)
 
 CHUNK_ROWS = 1000  # enough for the tokenizer to use its cores, little enough to hold the texts in memory
 
-KNOWN_FORMS = "`text`, `messages`, `prompt` with `completion`, or `input_ids`"
+KNOWN_FORMS = "`text`, `messages` or `conversations`, `prompt` with `completion`, or `input_ids`"
 
 
 def prepare(
@@ -37,7 +37,8 @@ def prepare(
     """Tokenised samples of a dataset, in its order.
 
     Args:
-        rows: a `datasets.Dataset`, a list of dicts, or another iterable of dict rows.
+        rows: a `datasets.Dataset` or `IterableDataset`, a list of dicts or another iterable of them, or files: a path,
+            or several (`jaxtune.data.files.read_dataset` says which formats).
         tokenizer: of transformers; its chat template renders conversations.
         text_field: the column with plain text.
         formatting_func: makes the text (or several) of a row; takes the place of every column but `input_ids`.
@@ -151,6 +152,9 @@ def _reader_for(row: Row, reading: Reading) -> Callable[[Chunk, Reading], Iterat
     if reading.text_field in row:
         _refuse(reading, "holds plain text", "completion_only_loss", "assistant_only_loss")
         return readers.read_text
+    if "conversations" in row:  # after the text: whoever rendered the conversations means that
+        _refuse(reading, "holds whole conversations", "completion_only_loss")
+        return readers.read_conversations
     raise _no_known_column(list(row), reading.text_field)
 
 
@@ -170,10 +174,16 @@ def _refuse(reading: Reading, data: str, *options: str) -> None:
 
 
 def _no_known_column(columns: list[str], text_field: str) -> DatasetError:
-    wanted = dict.fromkeys([text_field, "text", "messages", "prompt", "completion", "input_ids"])
+    wanted = dict.fromkeys(
+        [text_field, "text", "messages", "conversations", "prompt", "completion", "input_ids"]
+    )
     # A column that was named by hand was mistyped there; otherwise it is the dataset's columns that are.
     pairs = [(text_field, columns)] if text_field != "text" else [(column, wanted) for column in columns]
     hint = next((hint for name, known in pairs if (hint := nearest(name, known))), "")
+    if {"instruction", "output"} <= set(columns):
+        hint = (
+            ' For `instruction`, `input` and `output`: `to_sharegpt(dataset, "{instruction}[[\\n{input}]]")`.'
+        )
     return DatasetError(
         f"the dataset has the columns {columns}: no {text_field!r}, and no other form that is known.",
         expected=f"{KNOWN_FORMS}.",

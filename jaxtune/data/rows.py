@@ -7,19 +7,23 @@ from typing import Any
 
 import numpy as np
 
+from jaxtune.data.files import names_files, read_dataset
 from jaxtune.errors import DatasetError
 
 type Row = Mapping[str, Any]
 
 
 def iterate_rows(dataset: Any) -> Iterator[Row]:
-    """The rows of a list of dicts, a `datasets.Dataset`, or anything with `__len__` and `__getitem__`."""
-    if isinstance(dataset, str | bytes | Mapping):
-        kind = f"a mapping with the keys {list(dataset)}" if isinstance(dataset, Mapping) else "a string"
+    """The rows of a list of dicts, a `datasets.Dataset` or `IterableDataset`, a generator, anything with `__len__` and
+    `__getitem__`, or of files (`read_dataset`). They are read one after the other, as they are asked for."""
+    if names_files(dataset):
+        dataset = read_dataset(dataset)
+    if isinstance(dataset, bytes | Mapping):
+        kind = f"a mapping with the keys {list(dataset)}" if isinstance(dataset, Mapping) else "bytes"
         raise DatasetError(
             f"the dataset is {kind}.",
-            expected="one split: a `datasets.Dataset`, or a list (or any iterable) of dicts.",
-            fix='Pass a split, such as `dataset["train"]`, or load the file first with `datasets.load_dataset`.',
+            expected="one split: a `datasets.Dataset`, a list (or any iterable) of dicts, or the path of a file.",
+            fix='Pass a split, such as `dataset["train"]`.',
         )
     rows = iter(dataset) if hasattr(dataset, "__iter__") else map(dataset.__getitem__, range(len(dataset)))
     first = next(rows, None)

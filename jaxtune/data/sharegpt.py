@@ -50,7 +50,7 @@ standardize_data_formats = standardize_sharegpt
 """Unsloth's newer name of the same function."""
 
 
-def with_standard_keys(message: Row) -> dict[str, Any]:
+def with_standard_keys(message: Row) -> Row:
     """A message with `role` and `content` for `from` and `value`, and the same role: TRL's reading of ShareGPT."""
     names = {"from": "role", "value": "content"}
     return {names.get(key, key): value for key, value in message.items() if value is not None}
