@@ -5,7 +5,9 @@ from typing import Any
 
 from jaxtune.data.batches import BatchStream, StepInfo
 from jaxtune.data.formats import prepare
+from jaxtune.data.preview import preview
 from jaxtune.data.sample import Sample
+from jaxtune.errors import OptionError
 from jaxtune.options import ANY, mirrors
 from jaxtune.training.losses import next_token_loss, unwatched
 from jaxtune.training.sft_config import SFTConfig
@@ -62,6 +64,16 @@ class SFTTrainer(Trainer):
         with_facts = ((batch, _facts(info)) for batch, info in stream)
         loss_at = lambda remat: unwatched(next_token_loss(self.model.causal_lm, remat))
         return self._train(loss_at, lambda newest: with_facts, self.args.total_steps(stream.steps_per_epoch))
+
+    def preview(self, index: int = 0) -> None:
+        """Prints a sample as it will be trained on: its tokens, and which of them the loss counts."""
+        if not -len(self.samples) <= index < len(self.samples):
+            raise OptionError(
+                f"there is no sample {index}.",
+                expected=f"an index below {len(self.samples)}, the number of samples.",
+                fix="Pass a smaller one.",
+            )
+        print(preview(self.samples[index], self.processing_class))
 
     def batches(self) -> BatchStream:
         """The batches of a run, from its beginning: deterministic in the seed."""

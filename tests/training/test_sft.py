@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxtune import LanguageModel, SFTConfig, SFTTrainer, get_chat_template, train_on_responses_only
+from jaxtune.errors import OptionError
 from jaxtune.training import loop, trainer
 from tests.kit import models, tiny
 from tests.kit.compare import assert_trees_equal
@@ -195,6 +196,18 @@ def test_which_tokens_are_trained_on(model):
     assert text(pair) == [" jumps<|im_end|>"]
     assert text(pair, completion_only_loss=False)[0].endswith("the fox jumps<|im_end|>")
     assert text([{"body": "the fox"}], dataset_text_field="body")[0].endswith("the fox<|im_end|>")
+
+
+def test_a_preview_of_a_file_s_rows(model, tmp_path, capsys):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps(CHAT[0]) + "\n" + json.dumps({"messages": CHAT[0]["messages"][:2]}) + "\n")
+    tokenizer = get_chat_template(models.fresh_tokenizer(), "chatml")
+    trainer = SFTTrainer(model, SFTConfig(), train_dataset=str(path), tokenizer=tokenizer)
+    train_on_responses_only(trainer).preview(1)
+    shown = capsys.readouterr().out.replace("¦", "")
+    assert "the fox<|im_end|>" in shown and "⟦jumps<|im_end|>" in shown and "lazy" not in shown
+    with pytest.raises(OptionError, match="no sample 2"):
+        trainer.preview(2)
 
 
 def test_names_without_effect_are_accepted_with_one_line(caplog):
