@@ -7,6 +7,7 @@ from jaxtune.data.batches import BatchStream, StepInfo
 from jaxtune.data.formats import prepare
 from jaxtune.data.preview import preview
 from jaxtune.data.sample import Sample
+from jaxtune.data.token_cache import default_folder
 from jaxtune.errors import OptionError
 from jaxtune.options import ANY, mirrors
 from jaxtune.training.losses import next_token_loss, unwatched
@@ -56,6 +57,7 @@ class SFTTrainer(Trainer):
             completion_only_loss=self.args.completion_only_loss,
             assistant_only_loss=self.args.assistant_only_loss,
             vocab_size=model.causal_lm.config.vocab_size,
+            cache=default_folder() if self.args.cache_tokens else None,
         )
         self.eval_samples = None
 
