@@ -96,6 +96,12 @@ def construct_chat_template(
             expected="a list of tokens.",
             fix=f"Write extra_eos_tokens=[{extra_eos_tokens!r}].",
         )
+    if not isinstance(default_system_message, str):
+        raise OptionError(
+            f"default_system_message is {default_system_message!r}.",
+            expected="a text.",
+            fix='Pass one, or "" for an empty system message.',
+        )
     vocabulary = tokenizer.get_vocab()
     if unknown := dict.fromkeys(t for t in _LOOKS_SPECIAL.findall(chat_template) if t not in vocabulary):
         log.warning(
@@ -103,15 +109,15 @@ def construct_chat_template(
             "model has to learn",
             ", ".join(unknown),
         )
-    bos, adds_bos = tokenizer.bos_token or "", tokenizer.bos_token_id in prefix_ids(tokenizer)
+    # A bos token may also be one that nothing puts before texts (SmolLM2's is its <|im_start|>): then it is a text.
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in prefix_ids(tokenizer)
     extra = list(extra_eos_tokens or [])
     template = derive(
         chat_template,
         default_system=default_system_message,
         stops=[tokenizer.eos_token, *extra],
         eos=tokenizer.eos_token,
-        bos=bos,
-        adds_bos=adds_bos,
+        bos=tokenizer.bos_token if adds_bos else "",
     )
     if tokenizer.eos_token not in template.answer_end:
         end_turns_with(tokenizer, next(token for token in extra if token in template.answer_end))

@@ -11,6 +11,7 @@ whoever needs more than the text (a mask of the answers, a Modelfile) reads it t
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,7 @@ class ExampleTemplate:
     answer_start: str
     answer_end: str
     writes_bos: bool
-    """The tokenizer's bos token comes first; it is in no other part."""
+    """The tokenizer's bos token comes first, by its name: `go` goes without, because Ollama adds it."""
 
     @property
     def marked_jinja(self) -> str:
@@ -103,9 +104,7 @@ class ExampleTemplate:
         return _fill(_GO, {**parts, "system": system, "first": str(int(has_system))})
 
 
-def derive(
-    example: str, *, default_system: str, stops: list[str], eos: str, bos: str, adds_bos: bool
-) -> ExampleTemplate:
+def derive(example: str, *, default_system: str, stops: Sequence[str], eos: str, bos: str) -> ExampleTemplate:
     """The parts of an example.
 
     Args:
@@ -113,8 +112,8 @@ def derive(
         default_system: the system message of conversations that have none.
         stops: tokens that may end an answer. Where none of them does, `eos` is put after the answers.
         eos: the tokenizer's.
-        bos: the tokenizer's, or an empty string.
-        adds_bos: the tokenizer begins every text with bos, so that the template has to, as the example may do.
+        bos: what the tokenizer puts before every text, and so the template has to, whether the example does or not.
+            An empty string if that is nothing.
     """
     fields = _FIELD.findall(example)
     if fields not in (_TWO_TURNS, ["SYSTEM", *_TWO_TURNS]):
@@ -140,7 +139,6 @@ def derive(
             expected="what ends an answer after both, and after the first then the opening of the next question.",
             fix="Write the example to its last character as it is meant: a line break at its end counts.",
         )
-    writes_bos = adds_bos or bool(bos and before[0].startswith(bos))
     before[0] = before[0].removeprefix(bos)
     # What ends an answer often ends a question too, and is then written as soon as there is one.
     question_end = end if to_answer.startswith(end) and to_answer != end else ""
@@ -152,7 +150,7 @@ def derive(
         question_end=question_end,
         answer_start=to_answer.removeprefix(question_end),
         answer_end=end,
-        writes_bos=writes_bos,
+        writes_bos=bool(bos),
     )
 
 

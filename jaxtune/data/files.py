@@ -125,7 +125,7 @@ def _json(file: Path) -> Iterator[dict[str, Any]]:
             error.lineno if isinstance(error, json.JSONDecodeError) else text.count(b"\n", 0, error.start) + 1
         )
         _refuse(
-            f"line {number} of {file} is not JSON ({_why(error)}): {_quoted(text.splitlines()[number - 1])}",
+            f"line {number} of {file} is not JSON ({_why(error)}): {_quoted(text.split(b'\n')[number - 1])}",
             "one list of JSON objects, in UTF-8.",
             "Correct the file.",
             file,

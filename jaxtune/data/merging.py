@@ -47,7 +47,7 @@ def to_sharegpt(
 
     def change(row: Row, index: int) -> dict[str, Any]:
         question = "".join(section.of(row, index) for section in prompt)
-        answer = _text(field_of(row, index, output_column_name), row, index, output_column_name)
+        answer = _text(field_of(row, index, output_column_name), index, output_column_name)
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         kept = {} if remove_unused_columns or not merged_prompt else {merged_column_name: question}
         return {**kept, "conversations": turns}
@@ -61,14 +61,12 @@ def to_sharegpt(
 def _joined(dataset: Any, count: int, seed: int) -> Any:
     """Every conversation followed by those that come after it in a random circle of all."""
     rows = len(dataset) if hasattr(dataset, "__len__") else None
-    if rows is None or not 1 <= count <= rows:
+    if rows is None or not isinstance(count, int) or not 1 <= count <= rows:
         size = "is a stream" if rows is None else f"has {rows} rows"
         raise OptionError(
-            f"conversation_extension is {count}, and the dataset {size}.",
+            f"conversation_extension is {count!r}, and the dataset {size}.",
             expected="a number from 1 to that of the rows, which have to be known.",
-            fix="Join fewer rows, or load the dataset whole."
-            if rows is None or count > 1
-            else "Leave it out: 1.",
+            fix="Load the dataset whole, or leave the option out: 1 joins none.",
         )
     circle = epoch_order(rows, seed, 0).tolist()
     place = {row: at for at, row in enumerate(circle)}
@@ -101,7 +99,7 @@ class _Section:
         if self.optional and any(_is_empty(value) for value in values.values()):
             return ""
         return "".join(
-            part if isinstance(part, str) else _text(values[part.name], row, index, part.name)
+            part if isinstance(part, str) else _text(values[part.name], index, part.name)
             for part in self.parts
         )
 
@@ -162,7 +160,7 @@ def _require_columns(prompt: Sequence[_Section], columns: Sequence[str]) -> None
             )
 
 
-def _text(value: Any, row: Row, index: int, column: str) -> str:
+def _text(value: Any, index: int, column: str) -> str:
     if isinstance(value, str):
         return value
     if _is_empty(value) or not isinstance(value, int | float):

@@ -138,6 +138,12 @@ class TestSpecialTokens:
             (sample,) = prepare([{"text": written}], tokenizer, max_length=None)
             assert sample.input_ids.tolist().count(tokenizer.bos_token_id) == 1
 
+    def test_a_bos_that_nothing_adds_is_a_text_like_others(self):
+        tokenizer = chatml_tokenizer(bos="<|im_start|>")
+        template = construct_chat_template(tokenizer, CHATML)
+        assert text(chat(1, "Be."), tokenizer, CHATML).startswith("<|im_start|>system\nBe.<|im_end|>")
+        assert render(template.go, chat(1, "Be.")[:2]).startswith("<|im_start|>system\nBe.<|im_end|>")
+
     def test_eos_is_put_after_answers_that_do_not_end_with_one(self, caplog):
         caplog.set_level("INFO", "jaxtune")
         written = text(chat(2), tiny_tokenizer(), ALPACA)
@@ -265,6 +271,10 @@ class TestErrors:
             apply_chat_template([{"messages": chat(1)}])
         with pytest.raises(OptionError, match="no eos token"):
             construct_chat_template(tiny_tokenizer(eos=None))
+
+    def test_no_default_system_message(self):
+        with pytest.raises(OptionError, match="default_system_message is None"):
+            construct_chat_template(tiny_tokenizer(), PLAIN, None)
 
     def test_extra_eos_tokens_as_one_string(self):
         with pytest.raises(OptionError, match="is the string '<x>'"):

@@ -95,6 +95,7 @@ class TestLinesThatCannotBeRead:
     def test_json(self, tmp_path):
         error = error_of(write(tmp_path / "a.json", '[{"text": "a"},\n {"text": }]'))
         assert "line 2 of" in error.found and "Expecting value at column 11" in error.found
+        assert "line 2 of" in error_of(write(tmp_path / "a.json", "[1,\n")).found
         error = error_of(write(tmp_path / "a.json", b'[\n\n"\xff"]'))
         assert "line 3 of" in error.found and "not UTF-8" in error.found
         assert "item 1 of the list" in error_of(write(tmp_path / "a.json", '[{"a": 1}, 2]')).found
@@ -111,6 +112,7 @@ class TestLinesThatCannotBeRead:
             (b'a,b\n1,"2"3\n', "line 2 of"),
             (b'a,b\n1,"2\n', "is not CSV (unexpected end of data)"),
             (b"a,b\n1,\xff\n", "line 2 of"),
+            (b"a,b\n1," + b"x" * 200_000 + b"\n", "field larger than field limit"),
             (b",a\n0,1\n", "the columns ['', 'a']"),
             (b"a,a\n0,1\n", "the columns ['a', 'a']"),
         ],

@@ -42,6 +42,13 @@ def test_a_stream_stays_one():
     assert list(made) == to_sharegpt(ALPACA, merged_prompt=MERGED)
 
 
+def test_conversations_that_are_there_already_are_replaced():
+    rows = [{**row, "conversations": "old"} for row in ALPACA]
+    for dataset in (rows, datasets.Dataset.from_list(rows)):
+        for made in (to_sharegpt(dataset), to_sharegpt(dataset, remove_unused_columns=False)):
+            assert made[0]["conversations"][1] == {"from": "gpt", "value": "4"}
+
+
 def test_without_a_merged_prompt_the_question_is_a_column():
     (row, _) = to_sharegpt(ALPACA)
     assert row["conversations"][0]["value"] == "Add."
@@ -99,9 +106,9 @@ class TestSeveralRowsInOneConversation:
     def test_which_ones_depends_on_random_state_alone(self):
         assert self.chats(3) == self.chats(3) != self.chats(3, random_state=1)
 
-    @pytest.mark.parametrize("count", [0, -1, 51])
+    @pytest.mark.parametrize("count", [0, -1, 51, "2", None])
     def test_more_than_there_are(self, count):
-        with pytest.raises(OptionError, match=f"is {count}, and the dataset has 50 rows"):
+        with pytest.raises(OptionError, match=f"is {count!r}, and the dataset has 50 rows"):
             self.chats(count)
 
     def test_of_a_stream(self):
