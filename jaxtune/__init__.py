@@ -11,7 +11,10 @@ from jaxtune.version import __version__
 
 if TYPE_CHECKING:
     from jaxtune.api import FastLanguageModel, add_new_tokens
+    from jaxtune.data.apply_template import apply_chat_template, construct_chat_template
     from jaxtune.data.masking import train_on_responses_only
+    from jaxtune.data.merging import to_sharegpt
+    from jaxtune.data.sharegpt import standardize_data_formats, standardize_sharegpt
     from jaxtune.data.templates import get_chat_template
     from jaxtune.language_model import LanguageModel
     from jaxtune.rl import GRPOConfig, GRPOTrainer
@@ -27,7 +30,12 @@ _HOME = {
     "SFTTrainer": "jaxtune.training",
     "TrainerCallback": "jaxtune.training",
     "add_new_tokens": "jaxtune.api",
+    "apply_chat_template": "jaxtune.data.apply_template",
+    "construct_chat_template": "jaxtune.data.apply_template",
     "get_chat_template": "jaxtune.data.templates",
+    "standardize_data_formats": "jaxtune.data.sharegpt",
+    "standardize_sharegpt": "jaxtune.data.sharegpt",
+    "to_sharegpt": "jaxtune.data.merging",
     "train_on_responses_only": "jaxtune.data.masking",
 }
 
@@ -42,7 +50,12 @@ __all__ = [
     "TrainerCallback",
     "__version__",
     "add_new_tokens",
+    "apply_chat_template",
+    "construct_chat_template",
     "get_chat_template",
+    "standardize_data_formats",
+    "standardize_sharegpt",
+    "to_sharegpt",
     "train_on_responses_only",
 ]
 

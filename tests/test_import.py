@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import jaxtune
+from jaxtune import chat_templates
 from tests.kit import models
 
 WITHOUT_TORCH = """
@@ -45,6 +46,12 @@ def test_every_public_name_is_there():
     assert set(jaxtune.__all__) <= set(dir(jaxtune))
     for name in jaxtune.__all__:
         assert getattr(jaxtune, name) is not None
+
+
+def test_chat_templates_has_the_names_that_unsloth_s_scripts_import_from_there():
+    assert "standardize_sharegpt" in chat_templates.__all__
+    for name in chat_templates.__all__:
+        assert getattr(jaxtune, name) is getattr(chat_templates, name)
 
 
 def test_unknown_name_is_an_attribute_error():

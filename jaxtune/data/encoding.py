@@ -93,7 +93,8 @@ def marks_generation(chat_template: str) -> bool:
 
 def render_chat(tokenizer: "Tokenizer", messages: Sequence[Mapping], *, what: str, **options: Any) -> str:
     """The conversation as the tokenizer's chat template (or that in `options`) writes it. Errors call it `what`."""
-    require_chat_template(tokenizer)
+    if "chat_template" not in options:
+        require_chat_template(tokenizer)
     # Columns of structs come back from `datasets` with every key in every message, None where it was absent;
     # templates ask `'tool_calls' in message`, so absent must be absent.
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]

@@ -4,12 +4,14 @@ and says in one line each what it dropped, cut or doubts."""
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import batched
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxtune.data import readers
 from jaxtune.data.readers import Chunk, Encoded, Reading
 from jaxtune.data.rows import Row, iterate_rows
 from jaxtune.data.sample import Sample
+from jaxtune.data.token_cache import TokenCache
 from jaxtune.errors import DatasetError, OptionError, nearest
 from jaxtune.log import get_logger
 
@@ -20,7 +22,7 @@ log = get_logger(__name__)
 
 CHUNK_ROWS = 1000  # enough for the tokenizer to use its cores, little enough to hold the texts in memory
 
-KNOWN_FORMS = "`text`, `messages`, `prompt` with `completion`, or `input_ids`"
+KNOWN_FORMS = "`text`, `messages` or `conversations`, `prompt` with `completion`, or `input_ids`"
 
 
 def prepare(
@@ -33,11 +35,13 @@ def prepare(
     completion_only_loss: bool | None = None,
     assistant_only_loss: bool = False,
     vocab_size: int | None = None,
+    cache: Path | None = None,
 ) -> list[Sample]:
     """Tokenised samples of a dataset, in its order.
 
     Args:
-        rows: a `datasets.Dataset`, a list of dicts, or another iterable of dict rows.
+        rows: a `datasets.Dataset` or `IterableDataset`, a list of dicts or another iterable of them, or files: a path,
+            or several (`jaxtune.data.files.read_dataset` says which formats).
         tokenizer: of transformers; its chat template renders conversations.
         text_field: the column with plain text.
         formatting_func: makes the text (or several) of a row; takes the place of every column but `input_ids`.
@@ -46,6 +50,7 @@ def prepare(
             `completion`, or a `completion_mask`).
         assistant_only_loss: train only on what the assistant wrote in conversations.
         vocab_size: token ids that the model knows; None takes the tokenizer's.
+        cache: a folder to keep the tokens of large datasets in, for the next time; None keeps nothing.
     """
     if max_length is not None and max_length < 2:
         raise OptionError(
@@ -59,11 +64,14 @@ def prepare(
         tokenizer, text_field, formatting_func, completion_only_loss, assistant_only_loss, vocab_size
     )
     samples, seen = [], _Tally()
-    for encoded in _read(iterate_rows(rows), reading):
+    kept = TokenCache(cache, reading) if cache is not None else None
+    for encoded in _read(iterate_rows(rows), reading, kept):
         seen.count(encoded, max_length)
         sample = Sample(encoded.ids[:max_length], encoded.labels[:max_length])
         if sample.num_trained:
             samples.append(sample)
+    if kept is not None:
+        kept.close()
     seen.report(len(samples), max_length)
     if not samples:
         raise seen.nothing_left(max_length)
@@ -120,11 +128,15 @@ class _Tally:
         )
 
 
-def _read(rows: Iterator[Row], reading: Reading) -> Iterator[Encoded]:
+def _read(rows: Iterator[Row], reading: Reading, cache: TokenCache | None) -> Iterator[Encoded]:
     read = None
     for chunk in batched(enumerate(rows), CHUNK_ROWS):
         read = read or _reader_for(chunk[0][1], reading)
-        yield from read(chunk, reading)
+        # What is less than a chunk, or tokens already, is read in a moment.
+        if cache is None or len(chunk) < CHUNK_ROWS or read is readers.read_tokenised:
+            yield from read(chunk, reading)
+        else:
+            yield from cache.read(chunk, read)
 
 
 def _reader_for(row: Row, reading: Reading) -> Callable[[Chunk, Reading], Iterator[Encoded]]:
@@ -151,6 +163,9 @@ def _reader_for(row: Row, reading: Reading) -> Callable[[Chunk, Reading], Iterat
     if reading.text_field in row:
         _refuse(reading, "holds plain text", "completion_only_loss", "assistant_only_loss")
         return readers.read_text
+    if "conversations" in row:  # after the text: whoever rendered the conversations means that
+        _refuse(reading, "holds whole conversations", "completion_only_loss")
+        return readers.read_conversations
     raise _no_known_column(list(row), reading.text_field)
 
 
@@ -170,10 +185,16 @@ def _refuse(reading: Reading, data: str, *options: str) -> None:
 
 
 def _no_known_column(columns: list[str], text_field: str) -> DatasetError:
-    wanted = dict.fromkeys([text_field, "text", "messages", "prompt", "completion", "input_ids"])
+    wanted = dict.fromkeys(
+        [text_field, "text", "messages", "conversations", "prompt", "completion", "input_ids"]
+    )
     # A column that was named by hand was mistyped there; otherwise it is the dataset's columns that are.
     pairs = [(text_field, columns)] if text_field != "text" else [(column, wanted) for column in columns]
     hint = next((hint for name, known in pairs if (hint := nearest(name, known))), "")
+    if {"instruction", "output"} <= set(columns):
+        hint = (
+            ' For `instruction`, `input` and `output`: `to_sharegpt(dataset, "{instruction}[[\\n{input}]]")`.'
+        )
     return DatasetError(
         f"the dataset has the columns {columns}: no {text_field!r}, and no other form that is known.",
         expected=f"{KNOWN_FORMS}.",

@@ -3,6 +3,7 @@
 A chunk, because a tokenizer is many times faster on many texts at once than on one after the other.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +21,7 @@ from jaxtune.data.rows import (
     text_field,
 )
 from jaxtune.data.sample import IGNORED
+from jaxtune.data.sharegpt import with_standard_keys
 from jaxtune.data.templates import masking_template
 from jaxtune.errors import ChatTemplateError
 
@@ -111,7 +113,35 @@ def read_prompt_completion(chunk: Chunk, reading: Reading) -> Iterator[Encoded]:
 
 
 def read_messages(chunk: Chunk, reading: Reading) -> Iterator[Encoded]:
-    chats = [messages_field(row, index, "messages") for index, row in chunk]
+    yield from _read_chats(chunk, [messages_field(row, index, "messages") for index, row in chunk], reading)
+
+
+def read_conversations(chunk: Chunk, reading: Reading) -> Iterator[Encoded]:
+    """`conversations`, whose messages may have `from` and `value`: `role` and `content`, as TRL reads them."""
+    chats = [
+        [with_standard_keys(message) for message in messages_field(row, index, "conversations")]
+        for index, row in chunk
+    ]
+    for (index, _), chat in zip(chunk, chats, strict=True):
+        _require_roles_of_the_template(chat, index, reading.tokenizer)
+    yield from _read_chats(chunk, chats, reading)
+
+
+def _require_roles_of_the_template(chat: list[Row], index: int, tokenizer: "Tokenizer") -> None:
+    """Some templates write any role, and would write turns of `human` and `gpt`, which no model has seen."""
+    roles = {"human", "gpt"}.intersection(message.get("role") for message in chat)
+    if unknown := [
+        role for role in sorted(roles) if not re.search(f"['\"]{role}['\"]", str(tokenizer.chat_template))
+    ]:
+        raise bad_row(
+            index,
+            f"has messages from {' and '.join(map(repr, unknown))}, roles that the chat template does not name",
+            "the roles `user` and `assistant`",
+            "Call `standardize_sharegpt(dataset)` first, or `get_chat_template` with a `mapping`.",
+        )
+
+
+def _read_chats(chunk: Chunk, chats: list[list[Row]], reading: Reading) -> Iterator[Encoded]:
     for (index, _), (ids, by_assistant) in zip(chunk, _encode_chats(chunk, chats, reading), strict=True):
         yield _sample(ids, by_assistant, index)
 

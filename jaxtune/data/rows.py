@@ -7,19 +7,23 @@ from typing import Any
 
 import numpy as np
 
+from jaxtune.data.files import names_files, read_dataset
 from jaxtune.errors import DatasetError
 
 type Row = Mapping[str, Any]
 
 
 def iterate_rows(dataset: Any) -> Iterator[Row]:
-    """The rows of a list of dicts, a `datasets.Dataset`, or anything with `__len__` and `__getitem__`."""
-    if isinstance(dataset, str | bytes | Mapping):
-        kind = f"a mapping with the keys {list(dataset)}" if isinstance(dataset, Mapping) else "a string"
+    """The rows of a list of dicts, a `datasets.Dataset` or `IterableDataset`, a generator, anything with `__len__` and
+    `__getitem__`, or of files (`read_dataset`). They are read one after the other, as they are asked for."""
+    if names_files(dataset):
+        dataset = read_dataset(dataset)
+    if isinstance(dataset, bytes | Mapping):
+        kind = f"a mapping with the keys {list(dataset)}" if isinstance(dataset, Mapping) else "bytes"
         raise DatasetError(
             f"the dataset is {kind}.",
-            expected="one split: a `datasets.Dataset`, or a list (or any iterable) of dicts.",
-            fix='Pass a split, such as `dataset["train"]`, or load the file first with `datasets.load_dataset`.',
+            expected="one split: a `datasets.Dataset`, a list (or any iterable) of dicts, or the path of a file.",
+            fix='Pass a split, such as `dataset["train"]`.',
         )
     rows = iter(dataset) if hasattr(dataset, "__iter__") else map(dataset.__getitem__, range(len(dataset)))
     first = next(rows, None)
@@ -33,7 +37,7 @@ def iterate_rows(dataset: Any) -> Iterator[Row]:
 
 
 def text_field(row: Row, index: int, field: str) -> str:
-    value = _field(row, index, field)
+    value = field_of(row, index, field)
     if not isinstance(value, str):
         fix = "Correct or remove that row."
         if _is_list_of_dicts(value):
@@ -43,7 +47,7 @@ def text_field(row: Row, index: int, field: str) -> str:
 
 
 def messages_field(row: Row, index: int, field: str) -> list[Row]:
-    value = _field(row, index, field)
+    value = field_of(row, index, field)
     if not isinstance(value, list | tuple) or not all(isinstance(message, Mapping) for message in value):
         raise bad_row(
             index,
@@ -69,7 +73,7 @@ def formatted_texts(row: Row, index: int, formatting_func: Callable[[Row], str |
 
 def integers_field(row: Row, index: int, field: str, length: int | None = None) -> np.ndarray:
     """A flat list of integers as int32; with `length`, one value for each token."""
-    value = np.asarray(_field(row, index, field))
+    value = np.asarray(field_of(row, index, field))
     if value.size == 0:
         value = value.astype(np.int32)
     if value.ndim != 1 or value.dtype.kind not in "iub":
@@ -115,7 +119,7 @@ def _only_dicts(rows: Iterator[Any]) -> Iterator[Row]:
         yield row
 
 
-def _field(row: Row, index: int, field: str) -> Any:
+def field_of(row: Row, index: int, field: str) -> Any:
     if field not in row:
         raise bad_row(
             index,

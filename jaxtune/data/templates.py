@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from jaxtune.data.chat_templates import TEMPLATES, ChatTemplate
 from jaxtune.data.chat_templates.template import OWN_EOS
 from jaxtune.data.encoding import marks_generation, prefix_ids
+from jaxtune.data.example_template import example_of
 from jaxtune.errors import ChatTemplateError, OptionError, nearest
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def get_chat_template(
         (jinja, stop_token), bos = chat_template, ""
 
     if map_eos_token and stop_token != OWN_EOS:
-        _end_turns_with(tokenizer, stop_token)
+        end_turns_with(tokenizer, stop_token)
     tokenizer.chat_template = _renaming(mapping) + _default_system(system_message) + bos + jinja
     return tokenizer
 
@@ -77,6 +78,8 @@ def masking_template(tokenizer: "Tokenizer") -> str | None:
     jinja, template = tokenizer.chat_template, template_of(tokenizer)
     if template is not None:
         return jinja.removesuffix(template.jinja) + template.marked_jinja
+    if (example := example_of(tokenizer)) is not None:
+        return example.marked_jinja
     return jinja if isinstance(jinja, str) and marks_generation(jinja) else None
 
 
@@ -96,7 +99,7 @@ def _require_form(template: ChatTemplate, tokenizer: "Tokenizer", system_message
         )
 
 
-def _end_turns_with(tokenizer: "Tokenizer", stop_token: str) -> None:
+def end_turns_with(tokenizer: "Tokenizer", stop_token: str) -> None:
     if tokenizer.convert_tokens_to_ids(stop_token) in (None, tokenizer.unk_token_id):
         raise ChatTemplateError(
             f"the template's stop token {stop_token!r} is not in the tokenizer's vocabulary.",

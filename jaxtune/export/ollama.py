@@ -7,6 +7,7 @@ conversation that ends with the assistant's words is left open, so that the mode
 
 from typing import Any
 
+from jaxtune.data.example_template import example_of
 from jaxtune.data.templates import template_of
 from jaxtune.log import get_logger
 
@@ -58,18 +59,24 @@ _STOPS = {"chatml": ("<|im_start|>", "<|im_end|>"), "llama-3": _LLAMA_STOPS, "ll
 
 
 def modelfile(gguf_file: str, tokenizer: Any) -> str:
-    """The Modelfile for a GGUF beside it. Without one of the named templates it has no TEMPLATE, and says so."""
+    """The Modelfile for a GGUF beside it. It has a TEMPLATE for our named chat templates and for those that were made
+    of an example; without one of these it has none, and says so."""
     lines = [f"FROM ./{gguf_file}"]
-    template = template_of(tokenizer)
+    template, example = template_of(tokenizer), example_of(tokenizer)
     stops: tuple[str, ...] = ()
     if template is not None and template.name in GO_TEMPLATES:
         lines.append(f'TEMPLATE """{GO_TEMPLATES[template.name]}"""')
         stops = _STOPS[template.name]
         if system := _default_system(tokenizer, template.jinja):
             lines.append(f'SYSTEM """{system}"""')
+    elif example is not None and example.go is not None:
+        lines.append(f'TEMPLATE """{example.go}"""')
+        if example.opening is not None:
+            lines.append(f'SYSTEM """{example.default_system}"""')
     else:
         log.warning(
-            "The tokenizer has none of the chat templates %s: the Modelfile has no TEMPLATE.",
+            "The tokenizer has none of the chat templates %s, and none made of an example: the Modelfile has no "
+            "TEMPLATE.",
             ", ".join(GO_TEMPLATES),
         )
         lines.append("# No TEMPLATE: Ollama compares the chat template in the GGUF with those that it knows.")

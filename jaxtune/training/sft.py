@@ -7,7 +7,9 @@ from typing import Any
 
 from jaxtune.data.batches import BatchStream, StepInfo
 from jaxtune.data.formats import prepare
+from jaxtune.data.preview import preview
 from jaxtune.data.sample import Sample
+from jaxtune.data.token_cache import default_folder
 from jaxtune.errors import OptionError
 from jaxtune.options import ANY, mirrors
 from jaxtune.training.evaluation import evaluate
@@ -65,6 +67,7 @@ class SFTTrainer(Trainer):
             completion_only_loss=self.args.completion_only_loss,
             assistant_only_loss=self.args.assistant_only_loss,
             vocab_size=model.causal_lm.config.vocab_size,
+            cache=default_folder() if self.args.cache_tokens else None,
         )
         self.samples: list[Sample] = self._prepare(train_dataset)
         self.eval_samples: list[Sample] | dict[str, list[Sample]] | None = self._prepare_eval(eval_dataset)
@@ -109,6 +112,16 @@ class SFTTrainer(Trainer):
         if isinstance(dataset, Mapping):
             return {name: self._prepare(each) for name, each in dataset.items()}
         return None if dataset is None else self._prepare(dataset)
+
+    def preview(self, index: int = 0) -> None:
+        """Prints a sample as it will be trained on: its tokens, and which of them the loss counts."""
+        if not -len(self.samples) <= index < len(self.samples):
+            raise OptionError(
+                f"there is no sample {index}.",
+                expected=f"an index below {len(self.samples)}, the number of samples.",
+                fix="Pass a smaller one.",
+            )
+        print(preview(self.samples[index], self.processing_class))
 
     def batches(self) -> BatchStream:
         """The batches of a run, from its beginning: deterministic in the seed."""

@@ -27,8 +27,11 @@ class SFTConfig(KeepingConfig):
     """Train on completions alone; None does so for prompt/completion data."""
     assistant_only_loss: bool = False
     """Train on the assistant's turns alone, as the chat template marks them."""
+    cache_tokens: bool = True
+    """Keep the tokens of datasets of a thousand rows or more in the user's cache folder, where the next run finds them
+    by content: of the rows, the tokenizer and these settings."""
 
     def __post_init__(self):
         super().__post_init__()
         self.require_counts("max_length", or_none=True)
-        self.require_switches("assistant_only_loss")
+        self.require_switches("assistant_only_loss", "cache_tokens")

@@ -1,6 +1,8 @@
 """Every form of dataset that TRL knows becomes the same kind of samples: bos once, eos where a text ends, labels where
 the loss is wanted. What cannot be used is an error or one line in the log."""
 
+from itertools import count
+
 import datasets
 import numpy as np
 import pytest
@@ -242,10 +244,83 @@ class TestDatasets:
         samples = prepare(({"text": str(n)} for n in range(2003)), tokenizer, max_length=99)
         assert text_of(tokenizer, samples[2001]) == "2001</s>"
 
-    @pytest.mark.parametrize("rows", [{"train": ROWS}, "data.json"])
-    def test_what_is_not_one_split(self, tokenizer, rows):
-        with pytest.raises(DatasetError, match="the dataset is a "):
-            prepare(rows, tokenizer, max_length=99)
+    def test_what_is_not_one_split(self, tokenizer):
+        with pytest.raises(DatasetError, match="the dataset is a mapping with the keys"):
+            prepare({"train": ROWS}, tokenizer, max_length=99)
+
+    def test_a_file(self, tokenizer, tmp_path):
+        datasets.Dataset.from_list(ROWS).to_json(tmp_path / "rows.jsonl")
+        for rows in (tmp_path / "rows.jsonl", str(tmp_path / "rows.jsonl"), [str(tmp_path / "rows.jsonl")]):
+            assert [text_of(tokenizer, sample) for sample in prepare(rows, tokenizer, max_length=99)] == [
+                "text 0</s>",
+                "text 1</s>",
+                "text 2</s>",
+            ]
+
+    def test_a_list_of_texts_is_no_list_of_files(self, tokenizer):
+        with pytest.raises(DatasetError, match=r"row 0 of the dataset is a str"):
+            prepare(["a text", "another"], tokenizer, max_length=99)
+
+
+class TestStreams:
+    """What has no length is read once, row by row, and its errors name the row too."""
+
+    def test_a_generator(self, tokenizer):
+        samples = prepare((row for row in ROWS), tokenizer, max_length=99)
+        assert [text_of(tokenizer, sample) for sample in samples] == [
+            "text 0</s>",
+            "text 1</s>",
+            "text 2</s>",
+        ]
+
+    def test_a_datasets_iterable_dataset(self, tokenizer):
+        stream = datasets.IterableDataset.from_generator(lambda: iter(ROWS)).map(
+            lambda row: {"text": row["text"] * 2}
+        )
+        samples = prepare(stream, tokenizer, max_length=99)
+        assert text_of(tokenizer, samples[2]) == "text 2text 2</s>"
+
+    def test_a_column_that_is_missing_far_behind(self, tokenizer):
+        stream = ({"text": "a"} if row != 70_000 else {"txt": "a"} for row in count())
+        with pytest.raises(DatasetError, match="row 70000 of the dataset has no 'text'; it has"):
+            prepare(stream, tokenizer, max_length=99)
+        assert next(stream) == {"text": "a"}  # endless, and not read to an end that it does not have
+
+    def test_an_empty_one(self, tokenizer):
+        with pytest.raises(DatasetError, match="no rows"):
+            prepare(iter([]), tokenizer, max_length=99)
+
+
+class TestConversations:
+    """`conversations`, ShareGPT's column, as TRL reads it: `from` and `value` are `role` and `content`."""
+
+    SHAREGPT = ({"from": "user", "value": "2+2?"}, {"from": "assistant", "value": "4"})
+
+    def test_from_and_value(self, chatml):
+        expected = one([{"messages": CHAT[:2]}], chatml, assistant_only_loss=True)
+        for chat in (self.SHAREGPT, CHAT[:2]):
+            sample = one([{"conversations": list(chat)}], chatml, assistant_only_loss=True)
+            assert sample.input_ids.tolist() == expected.input_ids.tolist()
+            assert sample.labels.tolist() == expected.labels.tolist()
+
+    def test_human_and_gpt_are_roles_of_few_templates(self, chatml):
+        row = {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]}
+        with pytest.raises(
+            DatasetError, match="row 1 of the dataset has messages from 'gpt' and 'human'"
+        ) as error:
+            prepare([{"conversations": CHAT}, row], chatml, max_length=99)
+        assert "standardize_sharegpt" in error.value.fix
+        mapping = {"role": "from", "content": "value", "user": "human", "assistant": "gpt"}
+        sample = one([row], get_chat_template(chatml, "chatml", mapping))
+        assert text_of(chatml, sample) == CHAT_TEXT[: CHAT_TEXT.index("<|im_start|>user\nand")]
+
+    def test_a_text_that_was_made_of_them_comes_first(self, chatml):
+        assert text_of(chatml, one([{"conversations": CHAT, "text": "a"}], chatml)) == "a<|im_end|>"
+
+    def test_alpaca_s_columns_are_not_guessed_at(self, chatml):
+        with pytest.raises(DatasetError, match="columns") as error:
+            prepare([{"instruction": "Add.", "input": "", "output": "4"}], chatml, max_length=99)
+        assert "to_sharegpt" in error.value.fix
 
     @pytest.mark.parametrize("rows", [[], datasets.Dataset.from_list([])])
     def test_an_empty_dataset(self, tokenizer, rows):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxtune import get_chat_template
+from jaxtune import apply_chat_template, construct_chat_template, get_chat_template
 from jaxtune.export.ollama import GO_TEMPLATES, modelfile
 from tests.export.byte_level import byte_level
 from tests.export.go_template import render
@@ -71,6 +71,22 @@ def test_llama_stops_at_the_end_of_turns_and_of_texts(name):
         f'PARAMETER stop "{stop}"' for stop in stops
     ]
     assert not any(line.startswith("SYSTEM") for line in lines)
+
+
+def test_a_template_made_of_an_example():
+    example = "{SYSTEM}\nQ: {INPUT}\nA: {OUTPUT}\nQ: {INPUT}\nA: {OUTPUT}"
+    tokenizer = models.fresh_tokenizer()
+    apply_chat_template([{"messages": [user("Hi")]}], tokenizer, example, default_system_message="Be brief.")
+    template = construct_chat_template(tokenizer, example)
+    assert (
+        modelfile("x.gguf", tokenizer)
+        == f'''FROM ./x.gguf
+TEMPLATE """{template.go}"""
+SYSTEM """Be brief."""
+PARAMETER stop "{tokenizer.eos_token}"
+'''
+    )
+    assert render(template.go, [system("s"), user("Hi")]) == "s\nQ: Hi\nA: "
 
 
 def test_a_system_message_survives_other_names_for_roles():

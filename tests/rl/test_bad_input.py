@@ -284,6 +284,12 @@ def test_prompts_longer_than_the_limit_keep_their_end_and_say_so(caplog):
     assert caplog.messages == ["1 of 2 prompts are cut to their last 3 tokens"]
 
 
+def test_prompts_may_be_in_a_file(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the fox", "answer": 4}\n')
+    (prompt,) = read_prompts(tmp_path / "prompts.jsonl", models.tokenizer(), 100)
+    assert prompt.prompt == "the fox" and prompt.columns == {"answer": 4}
+
+
 def test_a_prompt_that_ends_with_the_assistant_is_continued():
     tokenizer = models.fresh_tokenizer()
     tokenizer.chat_template = (

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from jaxtune import LanguageModel, SFTConfig, SFTTrainer, get_chat_template, train_on_responses_only
+from jaxtune.data import formats
+from jaxtune.errors import OptionError
 from jaxtune.training import loop, trainer
 from tests.kit import models, tiny
 from tests.kit.compare import assert_trees_equal
@@ -195,6 +197,29 @@ def test_which_tokens_are_trained_on(model):
     assert text(pair) == [" jumps<|im_end|>"]
     assert text(pair, completion_only_loss=False)[0].endswith("the fox jumps<|im_end|>")
     assert text([{"body": "the fox"}], dataset_text_field="body")[0].endswith("the fox<|im_end|>")
+
+
+def test_a_preview_of_a_file_s_rows(model, tmp_path, capsys):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps(CHAT[0]) + "\n" + json.dumps({"messages": CHAT[0]["messages"][:2]}) + "\n")
+    tokenizer = get_chat_template(models.fresh_tokenizer(), "chatml")
+    trainer = SFTTrainer(model, SFTConfig(), train_dataset=str(path), tokenizer=tokenizer)
+    train_on_responses_only(trainer).preview(1)
+    shown = capsys.readouterr().out.replace("¦", "")
+    assert "the fox<|im_end|>" in shown and "⟦jumps<|im_end|>" in shown and "lazy" not in shown
+    with pytest.raises(OptionError, match="no sample 2"):
+        trainer.preview(2)
+
+
+def test_tokens_are_kept_in_the_user_s_cache_unless_told_otherwise(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(formats, "CHUNK_ROWS", 1)
+    rows = [{"text": "the fox"}]
+    SFTTrainer(model, SFTConfig(cache_tokens=False), train_dataset=rows)
+    assert not list(tmp_path.iterdir())
+    first, second = (SFTTrainer(model, SFTConfig(), train_dataset=rows).samples for _ in range(2))
+    assert len(list(tmp_path.glob("jaxtune/tokens/*.npz"))) == 1
+    assert first[0].input_ids.tolist() == second[0].input_ids.tolist()
 
 
 def test_names_without_effect_are_accepted_with_one_line(caplog):
