@@ -8,8 +8,9 @@ from pathlib import Path
 from jaxtune.errors import OptionError, nearest
 from jaxtune.log import get_logger, show
 from jaxtune.options import ANY, NOT_YET
-from jaxtune.training.optimizers import OPTIMIZERS, SCHEDULES
+from jaxtune.training.optimizers import OPTIMIZERS, PAGED
 from jaxtune.training.remat import level
+from jaxtune.training.schedules import SCHEDULES
 
 log = get_logger(__name__)
 
@@ -62,13 +63,15 @@ class TrainingConfig:
     """The part of all steps over which it rises, rounded up."""
     optim: str = "adamw_8bit"
     """AdamW: adamw_8bit keeps its moments in 8 bits (also adamw_bnb_8bit and paged_adamw_8bit), adamw_torch in float32
-    (also adamw_torch_fused and adamw)."""
+    (also adamw_torch_fused, adamw and paged_adamw_32bit). Lion: lion_8bit, lion_32bit and both with paged_. Others:
+    adafactor, muon (AdamW for what is no matrix of a layer), rmsprop, schedule_free_adamw and sgd."""
     weight_decay: float = 0.001
-    """AdamW's decoupled weight decay."""
+    """Weight decay: of the gradient for sgd and rmsprop, decoupled for all others."""
     adam_beta1: float = 0.9
-    """Decay of AdamW's mean gradient."""
+    """Decay of AdamW's mean gradient, and of what Lion takes the sign of; how near to the average schedule_free_adamw
+    computes gradients."""
     adam_beta2: float = 0.999
-    """Decay of AdamW's mean squared gradient."""
+    """Decay of AdamW's mean squared gradient, and of what Lion keeps."""
     adam_epsilon: float = 1e-8
     """What AdamW adds to its denominator."""
     max_grad_norm: float | None = 1.0
@@ -94,10 +97,14 @@ class TrainingConfig:
         )
         self.require(self.max_steps != -1 or self.num_train_epochs > 0, "num_train_epochs", "more than 0")
         self.require_one_of(SCHEDULES, "lr_scheduler_type")
-        self.require_one_of(tuple(OPTIMIZERS), "optim")
-        if self.optim == "paged_adamw_8bit":
+        self.require_one_of((*OPTIMIZERS, *PAGED), "optim")
+        if self.optim == "schedule_free_adamw":
+            self.require(self.adam_beta1 > 0, "adam_beta1", "more than 0 for schedule_free_adamw")
+        if self.optim in PAGED:
             show()
-            log.info("%s: optim='paged_adamw_8bit' is adamw_8bit: nothing is paged.", type(self).__name__)
+            log.info(
+                "%s: optim=%r is %s: nothing is paged.", type(self).__name__, self.optim, PAGED[self.optim]
+            )
         self.require(_is_whole(self.seed), "seed", "a whole number")
         self.require(isinstance(self.output_dir, str | Path | None), "output_dir", "a path, or None")
         if self.gradient_checkpointing is not None:

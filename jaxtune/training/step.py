@@ -16,8 +16,8 @@ import optax
 from jax import lax
 
 from jaxtune.training.losses import MicroBatch, Tree, WatchedLoss, trained_tokens
-from jaxtune.training.optimizers import Schedule
 from jaxtune.training.rounding import add_rounded
+from jaxtune.training.schedules import Schedule
 
 Metrics = dict[str, jax.Array]
 

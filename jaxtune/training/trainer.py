@@ -22,8 +22,9 @@ from jaxtune.training.fitting import FittingStep
 from jaxtune.training.loop import Record, run
 from jaxtune.training.losses import WatchedLoss, of_all_weights
 from jaxtune.training.metrics import RunLog, average
-from jaxtune.training.optimizers import OPTIMIZERS, Schedule, adamw, schedule
+from jaxtune.training.optimizers import averaged, make_optimizer
 from jaxtune.training.remat import compiler_options, level, remat
+from jaxtune.training.schedules import Schedule, schedule
 from jaxtune.training.step import CompiledLater, TrainState, init_state, make_step
 
 
@@ -158,8 +159,11 @@ class Trainer:
                     model.params = newest.trained
 
             def keep() -> None:
-                if not trains_all:
-                    model.lora = state.trained
+                final = averaged(state.trained, state.optimizer)
+                if trains_all:
+                    model.params = final
+                else:
+                    model.lora = final
 
             def newest() -> tuple[Params, Lora | None]:
                 return (model.params, None) if trains_all else (model.params, state.trained)
@@ -190,14 +194,16 @@ class Trainer:
 
 
 def optimizer_of(args: TrainingConfig, total_steps: int) -> tuple[optax.GradientTransformation, Schedule]:
-    """AdamW as the settings have it, and its rate at every step."""
-    rate = schedule(args.lr_scheduler_type, args.learning_rate, args.warmup(total_steps), total_steps)
-    optimizer = adamw(
+    """The optimizer that the settings name, and its rate at every step."""
+    warmup_steps = args.warmup(total_steps)
+    rate = schedule(args.lr_scheduler_type, args.learning_rate, warmup_steps, total_steps)
+    optimizer = make_optimizer(
+        args.optim,
         rate,
         beta1=args.adam_beta1,
         beta2=args.adam_beta2,
         epsilon=args.adam_epsilon,
         weight_decay=args.weight_decay,
-        bits=OPTIMIZERS[args.optim],
+        warmup_steps=warmup_steps,
     )
     return optimizer, rate

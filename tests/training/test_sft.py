@@ -10,6 +10,7 @@ import pytest
 
 from jaxtune import LanguageModel, SFTConfig, SFTTrainer, get_chat_template, train_on_responses_only
 from jaxtune.training import loop, trainer
+from jaxtune.training.optimizers import averaged
 from tests.kit import models, tiny
 from tests.kit.compare import assert_trees_equal
 
@@ -73,6 +74,8 @@ def test_training_changes_the_adapter_and_nothing_else(model, baseline):
         {"per_device_train_batch_size": 1},
         {"gradient_accumulation_steps": 1},
         {"max_length": 8},
+        *({"optim": name} for name in ("lion_8bit", "lion_32bit", "adafactor", "muon")),
+        *({"optim": name} for name in ("rmsprop", "schedule_free_adamw", "sgd")),
     ],
     ids=str,
 )
@@ -153,6 +156,29 @@ def test_output_dir_has_the_settings_and_a_line_a_step(model, tmp_path):
     first, *lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert first["settings"]["learning_rate"] == 1e-2
     assert lines == log
+
+
+@pytest.mark.parametrize("full_finetuning", [False, True])
+def test_schedule_free_learning_leaves_the_average(model, full_finetuning, monkeypatch):
+    states = []
+
+    def watched(step, state, frozen, stream, on_record, on_state):
+        return loop.run(step, state, frozen, stream, on_record, lambda s: (states.append(s), on_state(s)))
+
+    monkeypatch.setattr(trainer, "run", watched)
+    settings = {}
+    if full_finetuning:
+        params = jax.tree.map(lambda spec: np.full(spec.shape, 0.02, "float32"), model.causal_lm.skeleton)
+        settings = dict(params=params, lora=None, full_finetuning=True)
+    own = dataclasses.replace(model, **settings)
+    SFTTrainer(own, SFTConfig(**BASE, optim="schedule_free_adamw"), train_dataset=ROWS).train()
+    final = states[-1]
+    left = own.params if full_finetuning else own.lora
+    assert_trees_equal(left, averaged(final.trained, final.optimizer))
+    moved = [
+        not np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, (left, final.trained)), strict=True)
+    ]
+    assert all(moved)
 
 
 def test_gradient_checkpointing_keeps_the_result(model, baseline):

@@ -11,8 +11,9 @@ import torch
 from jaxtune.errors import OptionError, TrainingError
 from jaxtune.training import loop
 from jaxtune.training.losses import next_token_loss, of_all_weights, unwatched
-from jaxtune.training.optimizers import adamw, any_promotion, schedule
+from jaxtune.training.optimizers import adamw, any_promotion
 from jaxtune.training.remat import LEVELS, compiler_options, level, remat
+from jaxtune.training.schedules import schedule
 from jaxtune.training.step import init_state, make_step, value_and_grad
 from tests.kit import tiny
 from tests.kit.compare import assert_close, assert_trees_close
