@@ -4,13 +4,14 @@ and the checks that all configs are made of."""
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 from jaxtune.errors import OptionError, nearest
 from jaxtune.log import get_logger, show
 from jaxtune.options import ANY, NOT_YET
 from jaxtune.training.optimizers import OPTIMIZERS, PAGED
 from jaxtune.training.remat import level
-from jaxtune.training.schedules import SCHEDULES
+from jaxtune.training.schedules import SCHEDULES, what_is_wrong
 
 log = get_logger(__name__)
 
@@ -56,7 +57,10 @@ class TrainingConfig:
     learning_rate: float = 5e-5
     """The highest rate of the schedule."""
     lr_scheduler_type: str = "linear"
-    """constant, constant_with_warmup, cosine or linear."""
+    """constant, constant_with_warmup, cosine, cosine_with_min_lr, cosine_with_restarts, inverse_sqrt, linear,
+    polynomial or warmup_stable_decay."""
+    lr_scheduler_kwargs: dict[str, Any] | None = None
+    """What else the schedule takes, by transformers' names: {"num_cycles": 3}, {"min_lr_rate": 0.1}."""
     warmup_steps: float | None = None
     """Steps over which the rate rises from 0; below 1, a part of all steps. None leaves it to warmup_ratio."""
     warmup_ratio: float = 0.1
@@ -96,7 +100,8 @@ class TrainingConfig:
             _is_whole(self.max_steps) and (self.max_steps >= 1 or self.max_steps == -1), "max_steps", steps
         )
         self.require(self.max_steps != -1 or self.num_train_epochs > 0, "num_train_epochs", "more than 0")
-        self.require_one_of(SCHEDULES, "lr_scheduler_type")
+        self.require_one_of(tuple(SCHEDULES), "lr_scheduler_type")
+        self._require_schedule()
         self.require_one_of((*OPTIMIZERS, *PAGED), "optim")
         if self.optim == "schedule_free_adamw":
             self.require(self.adam_beta1 > 0, "adam_beta1", "more than 0 for schedule_free_adamw")
@@ -109,6 +114,12 @@ class TrainingConfig:
         self.require(isinstance(self.output_dir, str | Path | None), "output_dir", "a path, or None")
         if self.gradient_checkpointing is not None:
             level(self.gradient_checkpointing)
+
+    def _require_schedule(self) -> None:
+        settings, name = self.lr_scheduler_kwargs, "lr_scheduler_kwargs"
+        self.require(isinstance(settings, dict | None), name, "a dict of the schedule's settings, or None")
+        if wrong := what_is_wrong(self.lr_scheduler_type, settings or {}, self.learning_rate):
+            self.require(False, name, *wrong)
 
     def total_steps(self, batches_per_epoch: float, uses: int = 1) -> int:
         """Optimizer steps of the run, `uses` for every batch."""

@@ -196,7 +196,9 @@ class Trainer:
 def optimizer_of(args: TrainingConfig, total_steps: int) -> tuple[optax.GradientTransformation, Schedule]:
     """The optimizer that the settings name, and its rate at every step."""
     warmup_steps = args.warmup(total_steps)
-    rate = schedule(args.lr_scheduler_type, args.learning_rate, warmup_steps, total_steps)
+    rate = schedule(
+        args.lr_scheduler_type, args.learning_rate, warmup_steps, total_steps, args.lr_scheduler_kwargs
+    )
     optimizer = make_optimizer(
         args.optim,
         rate,
