@@ -56,6 +56,10 @@ class TrainingConfig:
     """Optimizer steps in all; -1 leaves it to num_train_epochs."""
     learning_rate: float = 5e-5
     """The highest rate of the schedule."""
+    embedding_learning_rate: float | None = None
+    """The same for embedding and head, where they are trained; None is learning_rate."""
+    loraplus_lr_ratio: float | None = None
+    """LoRA+: how many times learning_rate the B of adapters have. An embedding_learning_rate goes before it."""
     lr_scheduler_type: str = "linear"
     """constant, constant_with_warmup, cosine, cosine_with_min_lr, cosine_with_restarts, inverse_sqrt, linear,
     polynomial or warmup_stable_decay."""
@@ -91,6 +95,9 @@ class TrainingConfig:
         self.require_counts("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
         self.require_at_least(0, "learning_rate", "weight_decay", "adam_epsilon")
         self.require_at_least(0, "warmup_steps", "max_grad_norm", or_none=True)
+        self.require_at_least(0, "embedding_learning_rate", "loraplus_lr_ratio", or_none=True)
+        has_ratio = self.embedding_learning_rate is None or self.learning_rate > 0
+        self.require(has_ratio, "learning_rate", "more than 0 beside an embedding_learning_rate")
         self.require_at_least(0, "adam_beta1", "adam_beta2", "warmup_ratio", "num_train_epochs")
         for name in ("adam_beta1", "adam_beta2"):
             self.require(getattr(self, name) < 1, name, "a number from 0 to below 1")

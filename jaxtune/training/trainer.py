@@ -22,7 +22,7 @@ from jaxtune.training.fitting import FittingStep
 from jaxtune.training.loop import Record, run
 from jaxtune.training.losses import WatchedLoss, of_all_weights
 from jaxtune.training.metrics import RunLog, average
-from jaxtune.training.optimizers import averaged, make_optimizer
+from jaxtune.training.optimizers import averaged, make_optimizer, own_rates
 from jaxtune.training.remat import compiler_options, level, remat
 from jaxtune.training.schedules import Schedule, schedule
 from jaxtune.training.step import CompiledLater, TrainState, init_state, make_step
@@ -199,6 +199,8 @@ def optimizer_of(args: TrainingConfig, total_steps: int) -> tuple[optax.Gradient
     rate = schedule(
         args.lr_scheduler_type, args.learning_rate, warmup_steps, total_steps, args.lr_scheduler_kwargs
     )
+    own = args.embedding_learning_rate
+    embedding = None if own is None else own / args.learning_rate
     optimizer = make_optimizer(
         args.optim,
         rate,
@@ -207,5 +209,6 @@ def optimizer_of(args: TrainingConfig, total_steps: int) -> tuple[optax.Gradient
         epsilon=args.adam_epsilon,
         weight_decay=args.weight_decay,
         warmup_steps=warmup_steps,
+        rates=own_rates(embedding, args.loraplus_lr_ratio),
     )
     return optimizer, rate

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.optimization import Adafactor
 
-from jaxtune.training.optimizers import averaged, make_optimizer
+from jaxtune.training.optimizers import averaged, make_optimizer, own_rates
 from jaxtune.training.optimizers.muon import orthogonal
 from jaxtune.training.schedules import schedule
 from tests.kit.compare import assert_close, assert_trees_close
@@ -54,6 +54,10 @@ def ours_after(name, steps=STEPS, rate=lambda step: jnp.float32(RATE), **setting
     return weights, state
 
 
+def decay(path):
+    return 0.0 if "bias" in path or "norm" in path else SETTINGS["weight_decay"]
+
+
 class Twin:
     """The same weights in torch, every layer's apart, and groups as transformers' trainer makes them."""
 
@@ -64,14 +68,12 @@ class Twin:
         pieces = leaf if is_stack(path) else leaf[None]
         return [torch.nn.Parameter(torch.from_numpy(np.array(piece))) for piece in pieces]
 
-    def groups(self, among=lambda path: True):
-        split = {True: [], False: []}
-        for path, pieces in self.weights.items():
-            if among(path):
-                split["bias" not in path and "norm" not in path] += pieces
+    def groups(self, among=lambda path: True, ratio=lambda path: 1.0):
+        """A group for each path among all."""
         return [
-            {"params": split[True], "weight_decay": SETTINGS["weight_decay"]},
-            {"params": split[False], "weight_decay": 0.0},
+            {"params": pieces, "weight_decay": decay(path), "lr": RATE * ratio(path)}
+            for path, pieces in self.weights.items()
+            if among(path)
         ]
 
     def run(self, *optimizers, steps=STEPS):
@@ -109,19 +111,55 @@ def assert_moved(weights):
         assert np.abs(after - before).max() > RATE, path
 
 
-def muon_twin_after(steps):
+EMBEDDING_RATIO, LORAPLUS = 0.3, 4.0
+
+
+def ratio_of(path):
+    """The embedding's and the head's rate goes before that of a B."""
+    if "embed_tokens" in path or "lm_head" in path:
+        return EMBEDDING_RATIO
+    return LORAPLUS if "'b'" in path else 1.0
+
+
+@pytest.mark.parametrize("name", [*TORCH, "muon"])
+def test_own_rates_are_those_of_parameter_groups(name, monkeypatch):
+    """Decay included, whether it is of the gradient or of the step."""
+    float32_muon(monkeypatch)
+    twin = Twin()
+    expected = (
+        muon_twin_after(STEPS, ratio=ratio_of)
+        if name == "muon"
+        else twin.run(TORCH[name](twin.groups(ratio=ratio_of)))
+    )
+    ours, _ = ours_after(name, rates=own_rates(EMBEDDING_RATIO, LORAPLUS))
+    assert_trees_close(ours, expected, 1e-5)
+
+
+def test_lora_plus_alone_is_for_every_b():
+    plus = own_rates(None, LORAPLUS)
+    ones = jax.tree.map(jnp.ones_like, random_tree(0))
+    ratios, _ = plus.update(ones, plus.init(ones))
+    for path, leaf in named(ratios):
+        assert (leaf == (LORAPLUS if "'b'" in path else 1.0)).all(), path
+
+
+def muon_twin_after(steps, **groups):
     """torch's Muon for the matrices of the layers, its AdamW for all else."""
     twin = Twin()
     is_matrix = lambda path: "layers" in path and ("'a'" in path or "'b'" in path)
     return twin.run(
-        torch.optim.Muon(twin.groups(is_matrix), lr=RATE),
-        TORCH["adamw_torch"](twin.groups(lambda path: not is_matrix(path))),
+        torch.optim.Muon(twin.groups(is_matrix, **groups), lr=RATE),
+        TORCH["adamw_torch"](twin.groups(lambda path: not is_matrix(path), **groups)),
         steps=steps,
     )
 
 
-def test_muon_is_torchs_in_float32(monkeypatch):
+def float32_muon(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.clone())
+
+
+def test_muon_is_torchs_in_float32(monkeypatch):
+    float32_muon(monkeypatch)
     assert_trees_close(ours_after("muon")[0], muon_twin_after(STEPS), 1e-5)
 
 
@@ -154,12 +192,14 @@ def schedule_free_by_its_formula(gradients, weight, rates, decay):
     return x, y
 
 
+@pytest.mark.parametrize("ratio", [lambda path: 1.0, ratio_of], ids=["one rate", "own rates"])
 @pytest.mark.parametrize("warmup", [0, 3])
-def test_schedule_free_adamw_is_the_formula(warmup):
+def test_schedule_free_adamw_is_the_formula(warmup, ratio):
     """The trained tree is y, where gradients are computed; what a run leaves is the average x. The schedule's own
     warmup begins at 0, with steps that weigh nothing."""
     rate = schedule("linear", RATE, warmup, STEPS)
-    y, state = ours_after("schedule_free_adamw", rate=rate, warmup_steps=warmup)
+    more = {} if ratio is not ratio_of else {"rates": own_rates(EMBEDDING_RATIO, LORAPLUS)}
+    y, state = ours_after("schedule_free_adamw", rate=rate, warmup_steps=warmup, **more)
     x = averaged(y, state)
     own_warmup = [min(1, (t + 1) / max(1, warmup)) for t in range(STEPS)]
     rates = [float(rate(jnp.int32(t))) * own_warmup[t] for t in range(STEPS)]
@@ -167,12 +207,12 @@ def test_schedule_free_adamw_is_the_formula(warmup):
     for (path, weight), (_, ours_x), (_, ours_y) in zip(
         named(random_tree(1000)), named(x), named(y), strict=True
     ):
-        decay = 0.0 if "bias" in path or "norm" in path else SETTINGS["weight_decay"]
         each = [gradient[path].astype(np.float64) for gradient in gradients]
-        expected_x, expected_y = schedule_free_by_its_formula(each, weight.astype(np.float64), rates, decay)
-        assert_close(ours_x, expected_x, 1e-5, path)
-        assert_close(ours_y, expected_y, 1e-5, path)
-        assert np.abs(expected_x - expected_y).max() > RATE / 10
+        own = [ratio(path) * rate for rate in rates]
+        expected = schedule_free_by_its_formula(each, weight.astype(np.float64), own, decay(path))
+        assert_close(ours_x, expected[0], 1e-5, path)
+        assert_close(ours_y, expected[1], 1e-5, path)
+        assert np.abs(expected[0] - expected[1]).max() > ratio(path) * RATE / 10
 
 
 def test_other_optimizers_leave_what_they_train():

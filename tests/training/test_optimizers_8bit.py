@@ -164,7 +164,7 @@ def assert_moments_agree(ours, theirs):
 
 def test_twenty_steps_of_adamw_are_bitsandbytes(exact):
     """Weights to float32's rounding."""
-    weights, ((state, _), _) = run(20)
+    weights, ((state, _), *_) = run(20)
     for name, (expected, moments) in theirs_after(20, bitsandbytes.optim.AdamW8bit).items():
         assert np.abs(expected - start()[name]).max() > 5 * RATE
         np.testing.assert_allclose(weights[name], expected, rtol=0, atol=1e-2 * RATE, err_msg=name)
@@ -175,7 +175,7 @@ def test_twenty_steps_of_adamw_are_bitsandbytes(exact):
 def test_ten_steps_of_lion_are_bitsandbytes(exact):
     """Its steps are signs: a rounding error where a mean is all but zero is a step the other way, of one weight in
     thousands."""
-    weights, ((state, _), _) = run(10, LION)
+    weights, ((state, _), *_) = run(10, LION)
     betas = SETTINGS["beta1"], SETTINGS["beta2"]
     for name, (expected, moments) in theirs_after(10, bitsandbytes.optim.Lion8bit, betas=betas).items():
         assert np.abs(expected - start()[name]).max() > 5 * RATE

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from jaxtune import LanguageModel, SFTConfig, SFTTrainer, get_chat_template, train_on_responses_only
+from jaxtune.errors import OptionError
 from jaxtune.training import loop, trainer
 from jaxtune.training.optimizers import averaged
+from jaxtune.training.trainer import optimizer_of
 from tests.kit import models, tiny
 from tests.kit.compare import assert_trees_equal
 
@@ -60,6 +62,7 @@ def test_training_changes_the_adapter_and_nothing_else(model, baseline):
     "settings",
     [
         {"learning_rate": 2e-2},
+        {"loraplus_lr_ratio": 16.0},
         {"lr_scheduler_type": "constant"},
         {"warmup_steps": 2},
         {"warmup_steps": 0},
@@ -156,6 +159,27 @@ def test_output_dir_has_the_settings_and_a_line_a_step(model, tmp_path):
     first, *lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert first["settings"]["learning_rate"] == 1e-2
     assert lines == log
+
+
+def test_the_head_may_have_a_rate_of_its_own(model):
+    """At 0 it stays, as everything else moves."""
+    config = dataclasses.replace(model.causal_lm.lora_config, modules_to_save=("lm_head",))
+    causal_lm = dataclasses.replace(model.causal_lm, lora_config=config)
+    lora = {**model.lora, "lm_head": {"weight": model.params["lm_head"]["weight"].astype("float32")}}
+    own = dataclasses.replace(model, causal_lm=causal_lm, lora=lora)
+    trained, _ = train(own, embedding_learning_rate=0.0)
+    for part, moves in (("lm_head", False), ("layers", True)):
+        before, after = (jax.tree.leaves(tree[part]) for tree in (lora, trained.model.lora))
+        assert [not np.array_equal(*pair) for pair in zip(before, after, strict=True)] == [moves] * len(
+            before
+        )
+
+
+def test_a_rate_of_what_is_not_trained(model):
+    with pytest.raises(OptionError, match="neither the embedding nor the head is trained"):
+        train(model, embedding_learning_rate=1e-3)
+    with pytest.raises(OptionError, match="no B of an adapter"):
+        optimizer_of(SFTConfig(loraplus_lr_ratio=2.0), 10)[0].init(model.causal_lm.skeleton)
 
 
 @pytest.mark.parametrize("full_finetuning", [False, True])

@@ -11,6 +11,7 @@ from jaxtune.training.optimizers.adam_8bit import scale_by_adam_8bit
 from jaxtune.training.optimizers.leaves import decays, is_matrix_of_a_layer, of_leaves
 from jaxtune.training.optimizers.lion_8bit import scale_by_lion_8bit
 from jaxtune.training.optimizers.muon import scale_by_muon
+from jaxtune.training.optimizers.rates import SAME
 from jaxtune.training.optimizers.schedule_free import schedule_free
 from jaxtune.training.schedules import Schedule
 
@@ -49,9 +50,11 @@ def make_optimizer(
     epsilon: float,
     weight_decay: float,
     warmup_steps: int = 0,
+    rates: optax.GradientTransformation = SAME,
 ) -> optax.GradientTransformation:
     """What does not decay is what transformers' trainer leaves alone. sgd and rmsprop add the decay to the gradient, as
-    torch does, all others to the step. `warmup_steps` are for schedule_free_adamw, which has a warmup of its own."""
+    torch does, all others to the step. `warmup_steps` are for schedule_free_adamw, which has a warmup of its own;
+    `rates` says what learns at another rate (see `own_rates`)."""
     kind = OPTIMIZERS[PAGED.get(name, name)]
     decay = optax.add_decayed_weights(weight_decay, mask=decays)
     adam = optax.scale_by_adam(b1=beta1, b2=beta2, eps=epsilon)
@@ -76,9 +79,9 @@ def make_optimizer(
             direction = optax.chain(decay, scale)
         case _:
             scale = optax.scale_by_rms(decay=beta2, eps=epsilon, eps_in_sqrt=False, bias_correction=True)
-            direction = optax.chain(scale, decay)
+            direction = optax.chain(scale, decay, rates)
             return any_promotion(schedule_free(direction, rate, beta1, warmup_steps))
-    return any_promotion(optax.chain(direction, optax.scale_by_learning_rate(rate)))
+    return any_promotion(optax.chain(direction, rates, optax.scale_by_learning_rate(rate)))
 
 
 def adamw(
