@@ -27,12 +27,18 @@ WatchedLoss = Callable[[Tree | None, Tree, MicroBatch], tuple[jax.Array, Sums]]
 """A loss and its sums, of what is trained and what is not: (lora, params, batch), or see `of_all_weights`."""
 
 
+LOSS_TYPES = ("nll", "dft")
+"""What `next_token_loss` sums: -log p(label), or the same times p(label), as a constant (dynamic fine-tuning)."""
+
+
 def label_nll(
-    model: CausalLM, remat: Remat | None = None, temperature: float = 1.0
+    model: CausalLM, remat: Remat | None = None, temperature: float = 1.0, label_smoothing: float = 0.0
 ) -> Callable[[Lora | None, Params, MicroBatch], jax.Array]:
     """-log p(label) of every token of a micro-batch, float32 [R * L], 0 where there is no label, as a function of
-    (lora, params, batch). Logits exist for some labelled tokens at a time (see `Remat.head_tokens`)."""
-    return _of_labels(linear_cross_entropy, model, remat, temperature)
+    (lora, params, batch). Logits exist for some labelled tokens at a time (see `Remat.head_tokens`). With
+    `label_smoothing`, that part of it is the mean of -log p over the vocabulary."""
+    op = functools.partial(linear_cross_entropy, label_smoothing=label_smoothing)
+    return _of_labels(op, model, remat, temperature)
 
 
 def label_nll_and_entropy(
@@ -75,10 +81,18 @@ def _of_labels(
     return of_batch
 
 
-def next_token_loss(model: CausalLM, remat: Remat | None = None) -> Loss:
-    """The sum of -log p(label) over the tokens that have a label, as a function of (lora, params, batch)."""
-    nll = label_nll(model, remat)
-    return lambda lora, params, batch: nll(lora, params, batch).sum()
+def next_token_loss(
+    model: CausalLM, remat: Remat | None = None, loss_type: str = "nll", label_smoothing: float = 0.0
+) -> Loss:
+    """The sum of -log p(label) over the tokens that have a label, as a function of (lora, params, batch); or what else
+    the type says (see LOSS_TYPES)."""
+    nll = label_nll(model, remat, label_smoothing=label_smoothing)
+
+    def loss(lora: Lora | None, params: Params, batch: MicroBatch) -> jax.Array:
+        each = nll(lora, params, batch)
+        return (each * jax.lax.stop_gradient(jnp.exp(-each)) if loss_type == "dft" else each).sum()
+
+    return loss
 
 
 def unwatched(loss: Loss) -> WatchedLoss:

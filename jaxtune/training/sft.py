@@ -6,8 +6,9 @@ from typing import Any
 from jaxtune.data.batches import BatchStream, StepInfo
 from jaxtune.data.formats import prepare
 from jaxtune.data.sample import Sample
+from jaxtune.models.layer_loop import Remat
 from jaxtune.options import ANY, mirrors
-from jaxtune.training.losses import next_token_loss, unwatched
+from jaxtune.training.losses import WatchedLoss, next_token_loss, unwatched
 from jaxtune.training.sft_config import SFTConfig
 from jaxtune.training.trainer import Trainable, Trainer, TrainOutput
 
@@ -60,8 +61,14 @@ class SFTTrainer(Trainer):
     def train(self) -> TrainOutput:
         stream = self.batches()
         with_facts = ((batch, _facts(info)) for batch, info in stream)
-        loss_at = lambda remat: unwatched(next_token_loss(self.model.causal_lm, remat))
-        return self._train(loss_at, lambda newest: with_facts, self.args.total_steps(stream.steps_per_epoch))
+        steps = self.args.total_steps(stream.steps_per_epoch)
+        return self._train(self._loss_at, lambda newest: with_facts, steps)
+
+    def _loss_at(self, remat: Remat) -> WatchedLoss:
+        args = self.args
+        return unwatched(
+            next_token_loss(self.model.causal_lm, remat, args.loss_type, args.label_smoothing_factor)
+        )
 
     def batches(self) -> BatchStream:
         """The batches of a run, from its beginning: deterministic in the seed."""

@@ -4,6 +4,7 @@ import dataclasses
 
 from jaxtune.options import ANY, mirrors
 from jaxtune.training.config import WITHOUT_EFFECT, TrainingConfig
+from jaxtune.training.losses import LOSS_TYPES
 
 _WITHOUT_EFFECT = {
     **WITHOUT_EFFECT,
@@ -11,7 +12,6 @@ _WITHOUT_EFFECT = {
     "remove_unused_columns": ANY,
     "padding_free": ANY,
     "packing": False,
-    "loss_type": ("nll", None),
 }
 
 
@@ -26,8 +26,17 @@ class SFTConfig(TrainingConfig):
     """Train on completions alone; None does so for prompt/completion data."""
     assistant_only_loss: bool = False
     """Train on the assistant's turns alone, as the chat template marks them."""
+    loss_type: str = "nll"
+    """nll: -log p of each token; dft (dynamic fine-tuning): the same times p, as a constant."""
+    label_smoothing_factor: float = 0.0
+    """The part of each token's label that is spread over the vocabulary; with loss_type nll."""
 
     def __post_init__(self):
         super().__post_init__()
         self.require_counts("max_length", or_none=True)
         self.require_switches("assistant_only_loss")
+        self.require_one_of(LOSS_TYPES, "loss_type")
+        self.require_at_least(0, "label_smoothing_factor")
+        self.require(self.label_smoothing_factor < 1, "label_smoothing_factor", "a number from 0 to below 1")
+        smoothable = self.label_smoothing_factor == 0 or self.loss_type == "nll"
+        self.require(smoothable, "label_smoothing_factor", f"0 with loss_type={self.loss_type!r}")

@@ -77,6 +77,8 @@ def test_training_changes_the_adapter_and_nothing_else(model, baseline):
         {"per_device_train_batch_size": 1},
         {"gradient_accumulation_steps": 1},
         {"max_length": 8},
+        {"loss_type": "dft"},
+        {"label_smoothing_factor": 0.2},
         *({"optim": name} for name in ("lion_8bit", "lion_32bit", "adafactor", "muon")),
         *({"optim": name} for name in ("rmsprop", "schedule_free_adamw", "sgd")),
     ],
@@ -245,6 +247,26 @@ def test_which_tokens_are_trained_on(model):
     assert text(pair) == [" jumps<|im_end|>"]
     assert text(pair, completion_only_loss=False)[0].endswith("the fox jumps<|im_end|>")
     assert text([{"body": "the fox"}], dataset_text_field="body")[0].endswith("the fox<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"loss_type": "dtf"}, "'dft'"),
+        ({"label_smoothing_factor": 1.0}, "from 0 to below 1"),
+        ({"label_smoothing_factor": 0.1, "loss_type": "dft"}, "0 with loss_type='dft'"),
+        (
+            {"embedding_learning_rate": 1e-4, "learning_rate": 0.0},
+            "more than 0 beside an embedding_learning_rate",
+        ),
+        ({"loraplus_lr_ratio": -1.0}, "at least 0"),
+        ({"optim": "schedule_free_adamw", "adam_beta1": 0.0}, "more than 0 for schedule_free_adamw"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be(settings, words):
+    with pytest.raises(OptionError, match=words):
+        SFTConfig(**settings)
 
 
 def test_names_without_effect_are_accepted_with_one_line(caplog):
