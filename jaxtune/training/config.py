@@ -25,7 +25,6 @@ WITHOUT_EFFECT = {
     "save_strategy": "no",
     "push_to_hub": False,
     "group_by_length": False,
-    "neftune_noise_alpha": None,
     "gradient_checkpointing_kwargs": ANY,
     "use_liger_kernel": ANY,
     "disable_tqdm": ANY,

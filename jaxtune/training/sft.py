@@ -62,13 +62,19 @@ class SFTTrainer(Trainer):
         stream = self.batches()
         with_facts = ((batch, _facts(info)) for batch, info in stream)
         steps = self.args.total_steps(stream.steps_per_epoch)
-        return self._train(self._loss_at, lambda newest: with_facts, steps)
+        noisy = bool(self.args.neftune_noise_alpha)
+        return self._train(self._loss_at, lambda newest: with_facts, steps, draws_noise=noisy)
 
     def _loss_at(self, remat: Remat) -> WatchedLoss:
         args = self.args
-        return unwatched(
-            next_token_loss(self.model.causal_lm, remat, args.loss_type, args.label_smoothing_factor)
+        loss = next_token_loss(
+            self.model.causal_lm,
+            remat,
+            loss_type=args.loss_type,
+            label_smoothing=args.label_smoothing_factor,
+            neftune_noise_alpha=args.neftune_noise_alpha,
         )
+        return unwatched(loss)
 
     def batches(self) -> BatchStream:
         """The batches of a run, from its beginning: deterministic in the seed."""

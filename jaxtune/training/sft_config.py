@@ -30,6 +30,8 @@ class SFTConfig(TrainingConfig):
     """nll: -log p of each token; dft (dynamic fine-tuning): the same times p, as a constant."""
     label_smoothing_factor: float = 0.0
     """The part of each token's label that is spread over the vocabulary; with loss_type nll."""
+    neftune_noise_alpha: float | None = None
+    """NEFTune: noise on the embeddings while training, of up to alpha / sqrt(tokens of the sample x hidden size)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -37,6 +39,7 @@ class SFTConfig(TrainingConfig):
         self.require_switches("assistant_only_loss")
         self.require_one_of(LOSS_TYPES, "loss_type")
         self.require_at_least(0, "label_smoothing_factor")
+        self.require_at_least(0, "neftune_noise_alpha", or_none=True)
         self.require(self.label_smoothing_factor < 1, "label_smoothing_factor", "a number from 0 to below 1")
         smoothable = self.label_smoothing_factor == 0 or self.loss_type == "nll"
         self.require(smoothable, "label_smoothing_factor", f"0 with loss_type={self.loss_type!r}")

@@ -73,8 +73,9 @@ def make_step(
     rounding_seed: int = 0,
     compiler_options: dict[str, Any] | None = None,
 ) -> CompiledLater:
-    """`max_grad_norm=None` does not clip; with a `dropout_seed`, what is dropped follows from it, the step's number and
-    the micro-batch's. `rounding_seed` decides how what is kept in bfloat16 is rounded. The state is donated."""
+    """`max_grad_norm=None` does not clip; with a `dropout_seed`, what is dropped and what noise there is follow from
+    it, the step's number and the micro-batch's. `rounding_seed` decides how what is kept in bfloat16 is rounded. The
+    state is donated."""
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options)
     def step(state: TrainState, frozen: Tree, batch: MicroBatch) -> tuple[TrainState, Metrics]:

@@ -108,12 +108,17 @@ class Trainer:
         """That of the newest run: `step.level` is what it computes again, and what it keeps where."""
 
     def _train(
-        self, loss_at: Callable[[Remat], WatchedLoss], batches: Batches, total_steps: int
+        self,
+        loss_at: Callable[[Remat], WatchedLoss],
+        batches: Batches,
+        total_steps: int,
+        draws_noise: bool = False,
     ) -> TrainOutput:
         model, args = self.model, self.args
         optimizer, rate = optimizer_of(args, total_steps)
         config = model.causal_lm.lora_config
-        dropout_seed = args.seed if config is not None and config.lora_dropout else None
+        draws = draws_noise or (config is not None and config.lora_dropout > 0)
+        dropout_seed = args.seed if draws else None
         trains_all = model.lora is None
         trained, frozen = (model.params, {}) if model.lora is None else (model.lora, model.params)
 
