@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.optimization import Adafactor
 
-from jaxtune.training.optimizers import averaged, make_optimizer, own_rates
+from jaxtune.training.optimizers import OPTIMIZERS, averaged, make_optimizer, own_rates
 from jaxtune.training.optimizers.muon import orthogonal
 from jaxtune.training.schedules import schedule
 from tests.kit.compare import assert_close, assert_trees_close
@@ -16,6 +16,8 @@ from tests.kit.compare import assert_close, assert_trees_close
 SETTINGS = dict(beta1=0.9, beta2=0.98, epsilon=1e-8, weight_decay=0.1)
 RATE = 1e-2
 STEPS = 8
+PADDING = (np.arange(8) < np.array([[8], [3], [0]]))[..., None]
+"""Three layers of rank 8, 3 and 0."""
 
 SHAPES = {
     "layers": {0: {0: {
@@ -213,6 +215,23 @@ def test_schedule_free_adamw_is_the_formula(warmup, ratio):
         assert_close(ours_x, expected[0], 1e-5, path)
         assert_close(ours_y, expected[1], 1e-5, path)
         assert np.abs(expected[0] - expected[1]).max() > ratio(path) * RATE / 10
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_padding_stays_zero(name):
+    """What a layer of smaller rank, or without an adapter, has in the stack: weights and gradients of zero."""
+    optimizer = make_optimizer(name, lambda step: jnp.float32(RATE), **SETTINGS)
+    rng = np.random.default_rng(0)
+    padded = lambda: jnp.asarray(rng.standard_normal((3, 8, 256)) * PADDING, jnp.float32)
+    tree = lambda: {"layers": {0: {0: {"q_proj": {"a": padded(), "b": padded().mT}}}}}
+    weights = tree()
+    state = optimizer.init(weights)
+    for _ in range(2):
+        updates, state = optimizer.update(tree(), state, weights)
+        weights = jax.tree.map(jnp.add, weights, updates)
+    ours = weights["layers"][0][0]["q_proj"]
+    for leaf in (ours["a"], ours["b"].mT):
+        np.testing.assert_array_equal(leaf == 0, np.broadcast_to(PADDING == 0, leaf.shape))
 
 
 def test_other_optimizers_leave_what_they_train():
