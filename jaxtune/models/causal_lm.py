@@ -56,6 +56,7 @@ class CausalLM:
         piece_lengths: jax.Array | None = None,
         remat: Remat | None = None,
         dropout_key: jax.Array | None = None,
+        noise_BTM: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Hidden states [B, T, M] after the final norm, and the cache (None without one).
 
@@ -63,7 +64,7 @@ class CausalLM:
         to counting the real tokens of a row, which is right for one sequence per row, padded on either side.
         `piece_lengths` [G, M] promises that segments and padding lie end to end, so long each, and [B, 1] that each row
         has one segment (see `kernels.attention`). The cache must have room for all T tokens: a full one would overwrite
-        its last columns. Without a `dropout_key` nothing is dropped."""
+        its last columns. Without a `dropout_key` nothing is dropped. `noise_BTM` is added to the embeddings."""
         if segments_BT is None:
             segments_BT = jnp.ones(tokens_BT.shape, jnp.int32)
         segments_BT = jnp.asarray(segments_BT, jnp.int32)
@@ -79,7 +80,15 @@ class CausalLM:
             lora = with_settings(lora, self.lora_config, self.module_names, dropout_key)
         decoder = nnx.merge(_define(self.config)[0], params)
         return decoder(
-            tokens_BT, segments_BT, positions_BT, lora, cache, remat, self.dtype(params), piece_lengths
+            tokens_BT,
+            segments_BT,
+            positions_BT,
+            lora,
+            cache,
+            remat,
+            self.dtype(params),
+            piece_lengths,
+            noise_BTM,
         )
 
     def dtype(self, params: Params) -> jnp.dtype:

@@ -44,9 +44,10 @@ class Decoder(nnx.Module):
         remat: Remat | None = None,
         dtype: Any = None,
         pieces: jax.Array | None = None,
+        noise_BTM: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Hidden states [B, T, M] after the final norm, and the cache with these tokens in it. `dtype` is computed in;
-        None is the embedding's."""
+        None is the embedding's. `noise_BTM` is added to what the first layer reads."""
         column = None if cache is None else cache.used
         if cache is not None:
             cache = cache.add_columns(segments_BT, positions_BT)
@@ -60,6 +61,7 @@ class Decoder(nnx.Module):
             None if cache is not None else pieces,
         )
         x_BTM = self.embed(tokens_BT, part(lora, "embed_tokens"), dtype)
+        x_BTM = x_BTM if noise_BTM is None else x_BTM + noise_BTM.astype(x_BTM.dtype)
         for s, blocks in enumerate(self.layers):
             adapters = [part(part(part(lora, "layers"), s), p) for p in range(len(blocks))]
             if cache is None:

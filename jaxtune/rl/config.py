@@ -22,6 +22,7 @@ _WITHOUT_EFFECT = {
     "unsloth_logit_chunk_multiplier": ANY,
     "unsloth_grpo_mini_batch": ANY,
     "disable_dropout": ANY,
+    "neftune_noise_alpha": None,
     "pad_to_multiple_of": ANY,
     "remove_unused_columns": False,
     "num_completions_to_print": ANY,

@@ -49,10 +49,10 @@ class Checkpoints:
         self,
         state: TrainState,
         run: dict[str, Any],
-        save_model: Callable[[Path, Any], None],
+        save_model: Callable[[Path, TrainState], None],
         best: Path | None,
     ) -> Path:
-        """Begins to write one, as soon as the one before is written. `save_model(folder, trained)` writes its part of
+        """Begins to write one, as soon as the one before is written. `save_model(folder, state)` writes its part of
         it for other programs."""
         self.wait()
         target = self.folder / f"checkpoint-{run['global_step']}"
@@ -73,7 +73,7 @@ class Checkpoints:
 
     def _write(self, target, state, run, save_model, best):
         with staged(target, marker=RUN) as stage:
-            save_model(stage, state.trained)
+            save_model(stage, state)
             _write_state(stage / STATE, state)
             (stage / RUN).write_text(json.dumps(run | {"saved_at": time.time()}) + "\n")
         self._prune(keep={target, best})

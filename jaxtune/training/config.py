@@ -4,12 +4,14 @@ and the checks that all configs are made of."""
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 from jaxtune.errors import OptionError, nearest
 from jaxtune.log import get_logger, show
 from jaxtune.options import ANY, NOT_YET
-from jaxtune.training.optimizers import OPTIMIZERS, SCHEDULES
+from jaxtune.training.optimizers import OPTIMIZERS, PAGED
 from jaxtune.training.remat import level
+from jaxtune.training.schedules import SCHEDULES, what_is_wrong
 
 log = get_logger(__name__)
 
@@ -23,7 +25,6 @@ WITHOUT_EFFECT = {
     "save_strategy": "no",
     "push_to_hub": False,
     "group_by_length": False,
-    "neftune_noise_alpha": None,
     "gradient_checkpointing_kwargs": ANY,
     "use_liger_kernel": ANY,
     "disable_tqdm": ANY,
@@ -54,21 +55,30 @@ class TrainingConfig:
     """Optimizer steps in all; -1 leaves it to num_train_epochs."""
     learning_rate: float = 5e-5
     """The highest rate of the schedule."""
+    embedding_learning_rate: float | None = None
+    """The same for embedding and head, where they are trained; None is learning_rate."""
+    loraplus_lr_ratio: float | None = None
+    """LoRA+: how many times learning_rate the B of adapters have. An embedding_learning_rate goes before it."""
     lr_scheduler_type: str = "linear"
-    """constant, constant_with_warmup, cosine or linear."""
+    """constant, constant_with_warmup, cosine, cosine_with_min_lr, cosine_with_restarts, inverse_sqrt, linear,
+    polynomial or warmup_stable_decay."""
+    lr_scheduler_kwargs: dict[str, Any] | None = None
+    """What else the schedule takes, by transformers' names: {"num_cycles": 3}, {"min_lr_rate": 0.1}."""
     warmup_steps: float | None = None
     """Steps over which the rate rises from 0; below 1, a part of all steps. None leaves it to warmup_ratio."""
     warmup_ratio: float = 0.1
     """The part of all steps over which it rises, rounded up."""
     optim: str = "adamw_8bit"
     """AdamW: adamw_8bit keeps its moments in 8 bits (also adamw_bnb_8bit and paged_adamw_8bit), adamw_torch in float32
-    (also adamw_torch_fused and adamw)."""
+    (also adamw_torch_fused, adamw and paged_adamw_32bit). Lion: lion_8bit, lion_32bit and both with paged_. Others:
+    adafactor, muon (AdamW for what is no matrix of a layer), rmsprop, schedule_free_adamw and sgd."""
     weight_decay: float = 0.001
-    """AdamW's decoupled weight decay."""
+    """Weight decay: of the gradient for sgd and rmsprop, decoupled for all others."""
     adam_beta1: float = 0.9
-    """Decay of AdamW's mean gradient."""
+    """Decay of AdamW's mean gradient, and of what Lion takes the sign of; how near to the average schedule_free_adamw
+    computes gradients."""
     adam_beta2: float = 0.999
-    """Decay of AdamW's mean squared gradient."""
+    """Decay of AdamW's mean squared gradient, and of what Lion keeps."""
     adam_epsilon: float = 1e-8
     """What AdamW adds to its denominator."""
     max_grad_norm: float | None = 1.0
@@ -84,6 +94,9 @@ class TrainingConfig:
         self.require_counts("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
         self.require_at_least(0, "learning_rate", "weight_decay", "adam_epsilon")
         self.require_at_least(0, "warmup_steps", "max_grad_norm", or_none=True)
+        self.require_at_least(0, "embedding_learning_rate", "loraplus_lr_ratio", or_none=True)
+        has_ratio = self.embedding_learning_rate is None or self.learning_rate > 0
+        self.require(has_ratio, "learning_rate", "more than 0 beside an embedding_learning_rate")
         self.require_at_least(0, "adam_beta1", "adam_beta2", "warmup_ratio", "num_train_epochs")
         for name in ("adam_beta1", "adam_beta2"):
             self.require(getattr(self, name) < 1, name, "a number from 0 to below 1")
@@ -93,15 +106,26 @@ class TrainingConfig:
             _is_whole(self.max_steps) and (self.max_steps >= 1 or self.max_steps == -1), "max_steps", steps
         )
         self.require(self.max_steps != -1 or self.num_train_epochs > 0, "num_train_epochs", "more than 0")
-        self.require_one_of(SCHEDULES, "lr_scheduler_type")
-        self.require_one_of(tuple(OPTIMIZERS), "optim")
-        if self.optim == "paged_adamw_8bit":
+        self.require_one_of(tuple(SCHEDULES), "lr_scheduler_type")
+        self._require_schedule()
+        self.require_one_of((*OPTIMIZERS, *PAGED), "optim")
+        if self.optim == "schedule_free_adamw":
+            self.require(self.adam_beta1 > 0, "adam_beta1", "more than 0 for schedule_free_adamw")
+        if self.optim in PAGED:
             show()
-            log.info("%s: optim='paged_adamw_8bit' is adamw_8bit: nothing is paged.", type(self).__name__)
+            log.info(
+                "%s: optim=%r is %s: nothing is paged.", type(self).__name__, self.optim, PAGED[self.optim]
+            )
         self.require(_is_whole(self.seed), "seed", "a whole number")
         self.require(isinstance(self.output_dir, str | Path | None), "output_dir", "a path, or None")
         if self.gradient_checkpointing is not None:
             level(self.gradient_checkpointing)
+
+    def _require_schedule(self) -> None:
+        settings, name = self.lr_scheduler_kwargs, "lr_scheduler_kwargs"
+        self.require(isinstance(settings, dict | None), name, "a dict of the schedule's settings, or None")
+        if wrong := what_is_wrong(self.lr_scheduler_type, settings or {}, self.learning_rate):
+            self.require(False, name, *wrong)
 
     def total_steps(self, batches_per_epoch: float, uses: int = 1) -> int:
         """Optimizer steps of the run, `uses` for every batch."""

@@ -17,6 +17,7 @@ from jaxtune.training.evaluation import evaluate
 from jaxtune.training.keeping_config import KeepingConfig
 from jaxtune.training.loop import Record
 from jaxtune.training.metrics import RunLog, Tally
+from jaxtune.training.optimizers import averaged
 from jaxtune.training.step import TrainState
 
 log = get_logger(__name__)
@@ -97,14 +98,14 @@ class Keeper:
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self.args, name) for name in _SAME}
 
-    def before_training(self, newest: Callable, output: RunLog, callbacks: Callbacks) -> None:
+    def before_training(self, left: Callable, output: RunLog, callbacks: Callbacks) -> None:
         if self.args.eval_on_start and self.run.global_step == 0:
-            self._evaluate(newest, output, callbacks)
+            self._evaluate(left, output, callbacks)
 
     def after_step(
         self,
         state: TrainState,
-        newest: Callable[[], tuple[Params, Lora | None]],
+        left: Callable[[], tuple[Params, Lora | None]],
         output: RunLog,
         callbacks: Callbacks,
         settle: Callable[[], None],
@@ -115,7 +116,7 @@ class Keeper:
         when = (self.run.global_step, self.run.max_steps, epoch_ends)
         if callbacks.asked("should_evaluate") or (self.args.evaluates(*when) and self.eval_sets):
             settle()
-            is_best = self._evaluate(newest, output, callbacks)
+            is_best = self._evaluate(left, output, callbacks)
         else:
             is_best = False
         due = self.args.saves(*when) or (is_best and self.args.save_strategy == "best")
@@ -123,9 +124,9 @@ class Keeper:
             settle()
             self._save(state, callbacks)
 
-    def _evaluate(self, newest: Callable, output: RunLog, callbacks: Callbacks) -> bool:
+    def _evaluate(self, left: Callable, output: RunLog, callbacks: Callbacks) -> bool:
         """Whether it was the best so far."""
-        params, lora = newest()
+        params, lora = left()
         metrics: Record = {}
         for prefix, samples in self.eval_sets.items():
             batch_size = self.args.per_device_eval_batch_size
@@ -161,12 +162,12 @@ class Keeper:
         self.last_checkpoint = path
         callbacks.call("on_save")
 
-    def _save_model(self, folder: Path, trained: Any) -> None:
+    def _save_model(self, folder: Path, state: TrainState) -> None:
         """The adapter for other programs; whole weights are in the state."""
         if self.model.full_finetuning:
             return
         with_trained = copy.copy(self.model)
-        with_trained.lora = trained
+        with_trained.lora = averaged(state.trained, state.optimizer)
         with_trained.save_pretrained(
             folder, self.tokenizer if hasattr(self.tokenizer, "save_pretrained") else None
         )

@@ -11,11 +11,12 @@ from jaxtune.data.preview import preview
 from jaxtune.data.sample import Sample
 from jaxtune.data.token_cache import default_folder
 from jaxtune.errors import OptionError
+from jaxtune.models.layer_loop import Remat
 from jaxtune.options import ANY, mirrors
 from jaxtune.training.evaluation import evaluate
 from jaxtune.training.keeper import Keeper
 from jaxtune.training.loop import Record
-from jaxtune.training.losses import next_token_loss, unwatched
+from jaxtune.training.losses import WatchedLoss, next_token_loss, unwatched
 from jaxtune.training.sft_config import SFTConfig
 from jaxtune.training.trainer import Trainable, Trainer, TrainOutput
 
@@ -79,7 +80,6 @@ class SFTTrainer(Trainer):
         """Trains from the beginning, or from a checkpoint: a folder, or True for the newest in output_dir."""
         stream = self.batches()
         with_facts = ((batch, _facts(info)) for batch, info in stream)
-        loss_at = lambda remat: unwatched(next_token_loss(self.model.causal_lm, remat))
         keeper = Keeper(
             self.args,
             self.model,
@@ -89,7 +89,8 @@ class SFTTrainer(Trainer):
             resume_from_checkpoint,
         )
         total_steps = self.args.total_steps(stream.steps_per_epoch)
-        return self._train(loss_at, lambda newest: with_facts, total_steps, keeper)
+        noisy = bool(self.args.neftune_noise_alpha)
+        return self._train(self._loss_at, lambda newest: with_facts, total_steps, keeper, draws_noise=noisy)
 
     def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> Record:
         """The loss of a dataset, by default of the trainer's own, with the model as it is now."""
@@ -122,6 +123,17 @@ class SFTTrainer(Trainer):
                 fix="Pass a smaller one.",
             )
         print(preview(self.samples[index], self.processing_class))
+
+    def _loss_at(self, remat: Remat) -> WatchedLoss:
+        args = self.args
+        loss = next_token_loss(
+            self.model.causal_lm,
+            remat,
+            loss_type=args.loss_type,
+            label_smoothing=args.label_smoothing_factor,
+            neftune_noise_alpha=args.neftune_noise_alpha,
+        )
+        return unwatched(loss)
 
     def batches(self) -> BatchStream:
         """The batches of a run, from its beginning: deterministic in the seed."""

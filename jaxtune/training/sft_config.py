@@ -5,6 +5,7 @@ import dataclasses
 from jaxtune.options import ANY, mirrors
 from jaxtune.training.config import WITHOUT_EFFECT
 from jaxtune.training.keeping_config import KeepingConfig
+from jaxtune.training.losses import LOSS_TYPES
 
 _WITHOUT_EFFECT = {
     **WITHOUT_EFFECT,
@@ -12,7 +13,6 @@ _WITHOUT_EFFECT = {
     "remove_unused_columns": ANY,
     "padding_free": ANY,
     "packing": False,
-    "loss_type": ("nll", None),
 }
 
 
@@ -30,8 +30,20 @@ class SFTConfig(KeepingConfig):
     cache_tokens: bool = True
     """Keep the tokens of datasets of a thousand rows or more in the user's cache folder, where the next run finds them
     by content: of the rows, the tokenizer and these settings."""
+    loss_type: str = "nll"
+    """nll: -log p of each token; dft (dynamic fine-tuning): the same times p, as a constant."""
+    label_smoothing_factor: float = 0.0
+    """The part of each token's label that is spread over the vocabulary; with loss_type nll."""
+    neftune_noise_alpha: float | None = None
+    """NEFTune: noise on the embeddings while training, of up to alpha / sqrt(tokens of the sample x hidden size)."""
 
     def __post_init__(self):
         super().__post_init__()
         self.require_counts("max_length", or_none=True)
         self.require_switches("assistant_only_loss", "cache_tokens")
+        self.require_one_of(LOSS_TYPES, "loss_type")
+        self.require_at_least(0, "label_smoothing_factor")
+        self.require_at_least(0, "neftune_noise_alpha", or_none=True)
+        self.require(self.label_smoothing_factor < 1, "label_smoothing_factor", "a number from 0 to below 1")
+        smoothable = self.label_smoothing_factor == 0 or self.loss_type == "nll"
+        self.require(smoothable, "label_smoothing_factor", f"0 with loss_type={self.loss_type!r}")

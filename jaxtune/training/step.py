@@ -16,8 +16,8 @@ import optax
 from jax import lax
 
 from jaxtune.training.losses import MicroBatch, Tree, WatchedLoss, trained_tokens
-from jaxtune.training.optimizers import Schedule
 from jaxtune.training.rounding import add_rounded
+from jaxtune.training.schedules import Schedule
 
 Metrics = dict[str, jax.Array]
 
@@ -73,8 +73,9 @@ def make_step(
     rounding_seed: int = 0,
     compiler_options: dict[str, Any] | None = None,
 ) -> CompiledLater:
-    """`max_grad_norm=None` does not clip; with a `dropout_seed`, what is dropped follows from it, the step's number and
-    the micro-batch's. `rounding_seed` decides how what is kept in bfloat16 is rounded. The state is donated."""
+    """`max_grad_norm=None` does not clip; with a `dropout_seed`, what is dropped and what noise there is follow from
+    it, the step's number and the micro-batch's. `rounding_seed` decides how what is kept in bfloat16 is rounded. The
+    state is donated."""
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options)
     def step(state: TrainState, frozen: Tree, batch: MicroBatch) -> tuple[TrainState, Metrics]:

@@ -24,8 +24,9 @@ from jaxtune.training.keeper import Keeper
 from jaxtune.training.loop import Record, run
 from jaxtune.training.losses import WatchedLoss, of_all_weights
 from jaxtune.training.metrics import RunLog, Tally
-from jaxtune.training.optimizers import OPTIMIZERS, Schedule, adamw, schedule
+from jaxtune.training.optimizers import averaged, make_optimizer, own_rates
 from jaxtune.training.remat import compiler_options, level, remat
+from jaxtune.training.schedules import Schedule, schedule
 from jaxtune.training.step import CompiledLater, TrainState, init_state, make_step
 from jaxtune.training.termination import TERMINATED, terminable
 
@@ -119,12 +120,14 @@ class Trainer:
         batches: Batches,
         total_steps: int,
         keeper: Keeper | None = None,
+        draws_noise: bool = False,
     ) -> TrainOutput:
         """`keeper` evaluates and saves, where a trainer can."""
         model, args = self.model, self.args
         optimizer, rate = optimizer_of(args, total_steps)
         config = model.causal_lm.lora_config
-        dropout_seed = args.seed if config is not None and config.lora_dropout else None
+        draws = draws_noise or (config is not None and config.lora_dropout > 0)
+        dropout_seed = args.seed if draws else None
         trains_all = model.lora is None
         trained, frozen = (model.params, {}) if model.lora is None else (model.lora, model.params)
 
@@ -158,9 +161,13 @@ class Trainer:
             if trains_all:
                 model.params = newest_state.trained
 
+        def left() -> tuple[Params, Lora | None]:
+            """What the run would leave if it ended now."""
+            final = averaged(state.trained, state.optimizer)
+            return (final, None) if trains_all else (model.params, final)
+
         def keep() -> None:
-            if not trains_all:
-                model.lora = state.trained
+            model.params, model.lora = left()
 
         if keeper is not None:
             hand_over(keeper.begin(run_state, tally, state))
@@ -194,7 +201,7 @@ class Trainer:
                 if epoch_ends:
                     callbacks.call("on_epoch_end")
                 if keeper is not None:
-                    keeper.after_step(state, newest, output, callbacks, settle, epoch_ends, bool(end))
+                    keeper.after_step(state, left, output, callbacks, settle, epoch_ends, bool(end))
                 goes_on = not (callbacks.control.should_training_stop or end)
                 if goes_on and run_state.global_step < total_steps:
                     if epoch_ends:
@@ -205,7 +212,7 @@ class Trainer:
             for hook in ("on_train_begin", "on_epoch_begin", "on_step_begin"):
                 callbacks.call(hook)
             if keeper is not None:
-                keeper.before_training(newest, output, callbacks)
+                keeper.before_training(left, output, callbacks)
             stream = itertools.islice(batches(newest), total_steps - begun_at)
             try:
                 run(step, state, frozen, stream, on_record, hand_over, after_step)
@@ -249,14 +256,21 @@ class Trainer:
 
 
 def optimizer_of(args: TrainingConfig, total_steps: int) -> tuple[optax.GradientTransformation, Schedule]:
-    """AdamW as the settings have it, and its rate at every step."""
-    rate = schedule(args.lr_scheduler_type, args.learning_rate, args.warmup(total_steps), total_steps)
-    optimizer = adamw(
+    """The optimizer that the settings name, and its rate at every step."""
+    warmup_steps = args.warmup(total_steps)
+    rate = schedule(
+        args.lr_scheduler_type, args.learning_rate, warmup_steps, total_steps, args.lr_scheduler_kwargs
+    )
+    own = args.embedding_learning_rate
+    embedding = None if own is None else own / args.learning_rate
+    optimizer = make_optimizer(
+        args.optim,
         rate,
         beta1=args.adam_beta1,
         beta2=args.adam_beta2,
         epsilon=args.adam_epsilon,
         weight_decay=args.weight_decay,
-        bits=OPTIMIZERS[args.optim],
+        warmup_steps=warmup_steps,
+        rates=own_rates(embedding, args.loraplus_lr_ratio),
     )
     return optimizer, rate

@@ -65,8 +65,20 @@ def plain(x, w, labels, scale=1.0, softcap=None, temperature=1.0):
     return jnp.where(labels < 0, 0.0, nll), jnp.where(labels < 0, 0.0, entropy)
 
 
+SMOOTHING = 0.3
+
+
+def plain_smoothed(x, w, labels, scale=1.0, softcap=None, temperature=1.0):
+    """The label's nll and the mean over all that could have been labels."""
+    form = dict(scale=scale, softcap=softcap, temperature=temperature)
+    nll_of = lambda label: plain(x, w, jnp.where(labels < 0, labels, label), **form)[0]
+    mean = jax.vmap(nll_of)(jnp.arange(V)).mean(0)
+    return (1 - SMOOTHING) * nll_of(labels) + SMOOTHING * mean
+
+
 OPS = {
     "nll": (linear_cross_entropy, lambda *args, **form: plain(*args, **form)[0]),
+    "smoothed nll": (functools.partial(linear_cross_entropy, label_smoothing=SMOOTHING), plain_smoothed),
     "nll and entropy": (nll_and_entropy, plain),
 }
 

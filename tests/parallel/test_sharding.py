@@ -9,8 +9,9 @@ from jaxtune.loading.plan import abstract_params
 from jaxtune.parallel.mesh import make_mesh
 from jaxtune.parallel.sharding import batch_sharding, lora_shardings, param_shardings
 from jaxtune.training.losses import next_token_loss, unwatched
-from jaxtune.training.optimizers import adamw, schedule
+from jaxtune.training.optimizers import adamw
 from jaxtune.training.remat import remat
+from jaxtune.training.schedules import schedule
 from jaxtune.training.step import init_state, make_step
 from tests.kit import tiny
 from tests.kit.compare import assert_trees_close

@@ -1,9 +1,12 @@
-"""The loss sees the logits that the model gives: scaled, capped, and divided by a temperature in that order."""
+"""The loss sees the logits that the model gives: scaled, capped, and divided by a temperature in that order. What SFT
+may have in place of their negative log-likelihood is transformers' and TRL's."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from transformers.trainer_pt_utils import LabelSmoother
 
 from jaxtune.models.layer_loop import Remat
 from jaxtune.training.losses import label_nll, label_nll_and_entropy, next_token_loss
@@ -45,3 +48,42 @@ def test_head_tokens_is_how_many_have_logits_at_a_time(case, of):
     total = lambda of: lambda *args: sum(jnp.sum(each) for each in jax.tree.leaves(of(*args)))
     gradients = (jax.jit(jax.grad(total(each)))(*args) for each in (cut, whole))
     assert_trees_close(*gradients, 1e-5)
+
+
+def loss_of_logits(case, of_log_probabilities):
+    """(lora, params, batch) -> a loss of the log-probabilities [R, L, V] that the model gives."""
+    model, _ = case
+
+    def loss(lora, params, micro):
+        where = dict(segments_BT=micro["segment_ids"], positions_BT=micro["positions"])
+        return of_log_probabilities(jax.nn.log_softmax(model.apply(params, lora, micro["tokens"], **where)))
+
+    return loss
+
+
+def test_smoothed_labels_are_transformers(case):
+    model, args = case
+    ours = jax.jit(next_token_loss(model, label_smoothing=0.2))(*args)
+    logp = loss_of_logits(case, lambda logp: logp)(*args)
+    labels = torch.tensor(np.asarray(args[2]["labels"])).long()
+    smoother = LabelSmoother(epsilon=0.2)
+    theirs = smoother({"logits": torch.tensor(np.asarray(logp))}, labels, num_items_in_batch=1)
+    assert_close(ours, theirs.numpy(), 1e-5)
+    assert abs(ours - jax.jit(next_token_loss(model))(*args)) > 0.01
+
+
+def test_dynamic_fine_tuning_is_trls(case):
+    """-log p times p, through which no gradient flows."""
+    model, args = case
+    labels = args[2]["labels"]
+
+    def written_out(logp):
+        of_label = jnp.take_along_axis(logp, np.maximum(labels, 0)[..., None], -1)[..., 0]
+        return jnp.where(labels < 0, 0, -of_label * jax.lax.stop_gradient(jnp.exp(of_label))).sum()
+
+    ours, expected = (
+        jax.jit(jax.value_and_grad(loss))(*args)
+        for loss in (next_token_loss(model, loss_type="dft"), loss_of_logits(case, written_out))
+    )
+    assert_close(ours[0], expected[0], 1e-5)
+    assert_trees_close(ours[1], expected[1], 1e-4)

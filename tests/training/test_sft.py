@@ -12,6 +12,8 @@ from jaxtune import LanguageModel, SFTConfig, SFTTrainer, get_chat_template, tra
 from jaxtune.data import formats
 from jaxtune.errors import OptionError
 from jaxtune.training import loop, trainer
+from jaxtune.training.optimizers import averaged
+from jaxtune.training.trainer import optimizer_of
 from tests.kit import models, tiny
 from tests.kit.compare import assert_trees_equal
 
@@ -61,6 +63,7 @@ def test_training_changes_the_adapter_and_nothing_else(model, baseline):
     "settings",
     [
         {"learning_rate": 2e-2},
+        {"loraplus_lr_ratio": 16.0},
         {"lr_scheduler_type": "constant"},
         {"warmup_steps": 2},
         {"warmup_steps": 0},
@@ -75,6 +78,11 @@ def test_training_changes_the_adapter_and_nothing_else(model, baseline):
         {"per_device_train_batch_size": 1},
         {"gradient_accumulation_steps": 1},
         {"max_length": 8},
+        {"loss_type": "dft"},
+        {"label_smoothing_factor": 0.2},
+        {"neftune_noise_alpha": 5.0},
+        *({"optim": name} for name in ("lion_8bit", "lion_32bit", "adafactor", "muon")),
+        *({"optim": name} for name in ("rmsprop", "schedule_free_adamw", "sgd")),
     ],
     ids=str,
 )
@@ -157,6 +165,50 @@ def test_output_dir_has_the_settings_and_a_line_a_step(model, tmp_path):
     assert lines == log
 
 
+def test_the_head_may_have_a_rate_of_its_own(model):
+    """At 0 it stays, as everything else moves."""
+    config = dataclasses.replace(model.causal_lm.lora_config, modules_to_save=("lm_head",))
+    causal_lm = dataclasses.replace(model.causal_lm, lora_config=config)
+    lora = {**model.lora, "lm_head": {"weight": model.params["lm_head"]["weight"].astype("float32")}}
+    own = dataclasses.replace(model, causal_lm=causal_lm, lora=lora)
+    trained, _ = train(own, embedding_learning_rate=0.0)
+    for part, moves in (("lm_head", False), ("layers", True)):
+        before, after = (jax.tree.leaves(tree[part]) for tree in (lora, trained.model.lora))
+        assert [not np.array_equal(*pair) for pair in zip(before, after, strict=True)] == [moves] * len(
+            before
+        )
+
+
+def test_a_rate_of_what_is_not_trained(model):
+    with pytest.raises(OptionError, match="neither the embedding nor the head is trained"):
+        train(model, embedding_learning_rate=1e-3)
+    with pytest.raises(OptionError, match="no B of an adapter"):
+        optimizer_of(SFTConfig(loraplus_lr_ratio=2.0), 10)[0].init(model.causal_lm.skeleton)
+
+
+@pytest.mark.parametrize("full_finetuning", [False, True])
+def test_schedule_free_learning_leaves_the_average(model, full_finetuning, monkeypatch):
+    states = []
+
+    def watched(step, state, frozen, stream, on_record, on_state):
+        return loop.run(step, state, frozen, stream, on_record, lambda s: (states.append(s), on_state(s)))
+
+    monkeypatch.setattr(trainer, "run", watched)
+    settings = {}
+    if full_finetuning:
+        params = jax.tree.map(lambda spec: np.full(spec.shape, 0.02, "float32"), model.causal_lm.skeleton)
+        settings = dict(params=params, lora=None, full_finetuning=True)
+    own = dataclasses.replace(model, **settings)
+    SFTTrainer(own, SFTConfig(**BASE, optim="schedule_free_adamw"), train_dataset=ROWS).train()
+    final = states[-1]
+    left = own.params if full_finetuning else own.lora
+    assert_trees_equal(left, averaged(final.trained, final.optimizer))
+    moved = [
+        not np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, (left, final.trained)), strict=True)
+    ]
+    assert all(moved)
+
+
 def test_gradient_checkpointing_keeps_the_result(model, baseline):
     for value in (False, "attention"):
         _, log = train(model, gradient_checkpointing=value)
@@ -220,6 +272,27 @@ def test_tokens_are_kept_in_the_user_s_cache_unless_told_otherwise(model, tmp_pa
     first, second = (SFTTrainer(model, SFTConfig(), train_dataset=rows).samples for _ in range(2))
     assert len(list(tmp_path.glob("jaxtune/tokens/*.npz"))) == 1
     assert first[0].input_ids.tolist() == second[0].input_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"loss_type": "dtf"}, "'dft'"),
+        ({"label_smoothing_factor": 1.0}, "from 0 to below 1"),
+        ({"label_smoothing_factor": 0.1, "loss_type": "dft"}, "0 with loss_type='dft'"),
+        (
+            {"embedding_learning_rate": 1e-4, "learning_rate": 0.0},
+            "more than 0 beside an embedding_learning_rate",
+        ),
+        ({"neftune_noise_alpha": -5}, "at least 0"),
+        ({"loraplus_lr_ratio": -1.0}, "at least 0"),
+        ({"optim": "schedule_free_adamw", "adam_beta1": 0.0}, "more than 0 for schedule_free_adamw"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be(settings, words):
+    with pytest.raises(OptionError, match=words):
+        SFTConfig(**settings)
 
 
 def test_names_without_effect_are_accepted_with_one_line(caplog):

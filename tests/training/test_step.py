@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from jaxtune.errors import OptionError, TrainingError
 from jaxtune.training import loop
 from jaxtune.training.losses import next_token_loss, of_all_weights, unwatched
-from jaxtune.training.optimizers import adamw, any_promotion, schedule
+from jaxtune.training.optimizers import adamw, any_promotion
 from jaxtune.training.remat import LEVELS, compiler_options, level, remat
+from jaxtune.training.schedules import schedule
 from jaxtune.training.step import init_state, make_step, value_and_grad
 from tests.kit import tiny
 from tests.kit.compare import assert_close, assert_trees_close
@@ -206,20 +206,6 @@ def test_a_naive_product_would_be_noticed():
 def packed_shapes(params):
     leaves = jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "out_in"))
     return {leaf.out_in for leaf in leaves if hasattr(leaf, "out_in")}
-
-
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup"])
-@pytest.mark.parametrize("warmup", [0, 3])
-def test_schedules_are_transformers(kind, warmup):
-    from transformers import get_scheduler
-
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
-    theirs = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=10)
-    rate = schedule(kind, 0.5, warmup, 10)
-    for step in range(10):
-        np.testing.assert_allclose(rate(jnp.int32(step)), theirs.get_last_lr()[0], rtol=1e-6)
-        optimizer.step()
-        theirs.step()
 
 
 def test_gradients_are_clipped_to_the_norm(case):

@@ -15,11 +15,13 @@ Parts = tuple[jax.Array, ...]
 
 
 class Form(NamedTuple):
-    """What a product x . w becomes before the softmax: scaled, then capped, then divided by the temperature."""
+    """What a product x . w becomes before the softmax: scaled, then capped, then divided by the temperature; and how
+    much of what the softmax is compared with is spread evenly over the vocabulary, not at the label."""
 
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
+    smoothing: float = 0.0
 
 
 PLAIN = Form()
@@ -48,7 +50,7 @@ class OfTokens(NamedTuple):
     """One of each for every token, [C], or its gradient by the product x . w, [C, V]."""
 
     nll: jax.Array
-    """-log p(label); of a label that is no token of the vocabulary, NaN."""
+    """-log p(label), or the cross-entropy with the smoothed label; of one that is no token of the vocabulary, NaN."""
     entropy: jax.Array
     """- sum over the vocabulary of p log p, in nats."""
 
@@ -65,14 +67,18 @@ def values_and_slopes(
     p_CV = jnp.exp(logp_CV)
     label_C1 = jnp.take_along_axis(logits_CV, jnp.maximum(labels_C, 0)[:, None], axis=1, mode="fill")
     entropy_C1 = -(p_CV * logp_CV).sum(axis=1, keepdims=True)
-    hot_CV = jnp.where(labels_C[:, None] < V, jax.nn.one_hot(labels_C, V, dtype=jnp.float32), jnp.nan)
+    target_CV = jnp.where(labels_C[:, None] < V, jax.nn.one_hot(labels_C, V, dtype=jnp.float32), jnp.nan)
+    if form.smoothing:
+        spread = form.smoothing
+        label_C1 = (1 - spread) * label_C1 + spread * logits_CV.mean(axis=1, keepdims=True)
+        target_CV = (1 - spread) * target_CV + spread / V
 
     labelled_C1 = labels_C[:, None] >= 0
     value = lambda each_C1: jnp.where(labelled_C1, each_C1, 0.0)[:, 0]
     by_product = lambda each_CV: jnp.where(labelled_C1, each_CV if form == PLAIN else each_CV * slope, 0.0)
     return (
         OfTokens(value(lse_C1 - label_C1), value(entropy_C1)),
-        OfTokens(by_product(p_CV - hot_CV), by_product(-p_CV * (logp_CV + entropy_C1))),
+        OfTokens(by_product(p_CV - target_CV), by_product(-p_CV * (logp_CV + entropy_C1))),
     )
 
 

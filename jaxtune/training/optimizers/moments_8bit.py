@@ -1,19 +1,18 @@
-"""Adam whose two moments take a byte a weight each: codes of bitsandbytes' dynamic 8-bit maps, signed for the mean
-gradient and unsigned for the mean square, and a float32 absmax for every 256 weights. All arithmetic is float32; a leaf
-below 4096 weights keeps its moments in float32.
+"""Moments that take a byte a weight: codes of bitsandbytes' dynamic 8-bit maps, signed for a mean gradient and unsigned
+for a mean square, and a float32 absmax for every 256 weights. All arithmetic is float32; a leaf below 4096 weights
+keeps its moments in float32.
 
 Blocks run over the flattened leaf, as in bitsandbytes. Where they end with its rows, an absmax lies beside its block
 along the last axis, so that the state can be cut as the weight is.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 
 from jaxtune.kernels.nf4.layout import DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP
@@ -31,44 +30,6 @@ class Packed(NamedTuple):
     """uint8, in the shape of the leaf."""
     absmax: jax.Array
     """float32 [..., in / 256]; [ceil(size / 256)] where blocks cross rows."""
-
-
-class State(NamedTuple):
-    """`mean` and `square` are trees of the trained tree's structure, of `Packed` or float32 leaves."""
-
-    steps: jax.Array
-    mean: Any
-    square: Any
-
-
-def scale_by_adam_8bit(*, beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:
-    """mean / (sqrt(square) + epsilon), both corrected for their bias, as torch and bitsandbytes have it: what is new
-    enters the update before it is rounded to 8 bits."""
-
-    def init(trained: Any) -> State:
-        moments = (jax.tree.map(_zeros, trained) for _ in range(2))  # apart: a step donates both
-        return State(jnp.zeros((), jnp.int32), *moments)
-
-    def update(grads: Any, state: State, trained: Any = None) -> tuple[Any, State]:
-        count = state.steps + 1
-        correction1, correction2 = (
-            1 - jnp.float32(beta) ** count.astype(jnp.float32) for beta in (beta1, beta2)
-        )
-
-        def one(grad: jax.Array, mean: Any, square: Any) -> tuple[jax.Array, Any, Any]:
-            grad = grad.astype(jnp.float32)
-            new_mean = beta1 * _unpacked(mean, SIGNED) + (1 - beta1) * grad
-            new_square = beta2 * _unpacked(square, UNSIGNED) + (1 - beta2) * grad * grad
-            step = (new_mean / correction1) / (jnp.sqrt(new_square / correction2) + epsilon)
-            return step, _like(mean, new_mean, SIGNED), _like(square, new_square, UNSIGNED)
-
-        structure = jax.tree.structure(grads)
-        leaves = (jax.tree.leaves(tree, is_leaf=_is_packed) for tree in (grads, state.mean, state.square))
-        columns = zip(*_one_by_one(one, zip(*leaves, strict=True)), strict=True)
-        step, mean, square = (jax.tree.unflatten(structure, column) for column in columns)
-        return step, State(count, mean, square)
-
-    return optax.GradientTransformation(init, update)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,33 +94,39 @@ def unpack(packed: Packed, codes_of: Map) -> jax.Array:
     return _whole(values, packed.codes.shape)
 
 
-def _one_by_one(function: Callable[..., Any], arguments: Iterable[Any]) -> list[Any]:
-    """The function of each, one after the other: left to itself XLA may begin all, with every moment in float32."""
-    results: list[Any] = []
-    for each in arguments:
-        if results:
-            each, results[-1] = lax.optimization_barrier((each, results[-1]))
-        results.append(function(*each))
-    return results
+def zeros(trained: Any) -> Any:
+    """A moment before the first step, for each leaf of the tree: `Packed`, or float32 where a leaf is small."""
+
+    def of(leaf: jax.Array) -> Packed | jax.Array:
+        if leaf.size < SMALLEST:
+            return jnp.zeros_like(leaf, jnp.float32)
+        codes = jnp.zeros_like(leaf, jnp.uint8)
+        return Packed(codes, jnp.zeros(jax.eval_shape(_blocks, codes).shape[:-1], jnp.float32))
+
+    return jax.tree.map(of, trained)
 
 
-def _is_packed(moment: Any) -> bool:
-    return isinstance(moment, Packed)
-
-
-def _zeros(leaf: jax.Array) -> Packed | jax.Array:
-    if leaf.size < SMALLEST:
-        return jnp.zeros_like(leaf, jnp.float32)
-    codes = jnp.zeros_like(leaf, jnp.uint8)
-    return Packed(codes, jnp.zeros(jax.eval_shape(_blocks, codes).shape[:-1], jnp.float32))
-
-
-def _unpacked(moment: Packed | jax.Array, codes_of: Map) -> jax.Array:
+def unpacked(moment: Packed | jax.Array, codes_of: Map) -> jax.Array:
     return unpack(moment, codes_of) if isinstance(moment, Packed) else moment
 
 
-def _like(old: Packed | jax.Array, new: jax.Array, codes_of: Map) -> Packed | jax.Array:
+def packed_like(old: Packed | jax.Array, new: jax.Array, codes_of: Map) -> Packed | jax.Array:
     return pack(new, codes_of) if isinstance(old, Packed) else new
+
+
+def map_one_by_one(function: Callable[..., tuple], grads: Any, *moments: Any) -> tuple:
+    """The function of each leaf's gradient (in float32) and moments; one tree for each thing that it returns. Leaves go
+    one after the other: left to itself XLA may begin all, with every moment in float32."""
+    is_packed = lambda moment: isinstance(moment, Packed)
+    leaves = (jax.tree.leaves(tree, is_leaf=is_packed) for tree in (grads, *moments))
+    results: list[tuple] = []
+    for each in zip(*leaves, strict=True):
+        if results:
+            each, results[-1] = lax.optimization_barrier((each, results[-1]))
+        grad, *own = each
+        results.append(function(grad.astype(jnp.float32), *own))
+    structure = jax.tree.structure(grads)
+    return tuple(jax.tree.unflatten(structure, column) for column in zip(*results, strict=True))
 
 
 def _blocks(x: jax.Array) -> jax.Array:

@@ -1,5 +1,5 @@
-"""Adam in 8 bits: its codes and its steps are bitsandbytes', it learns as Adam in float32 does, in a quarter of the
-memory."""
+"""Optimizers in 8 bits: their codes and their steps are bitsandbytes'. Adam learns as it does in float32, in a quarter
+of the memory."""
 
 import logging
 
@@ -16,8 +16,8 @@ from jaxtune.errors import OptionError
 from jaxtune.lora.config import LoraConfig
 from jaxtune.models.causal_lm import CausalLM
 from jaxtune.parallel.mesh import make_mesh
-from jaxtune.training.adam_8bit import SIGNED, SMALLEST, UNSIGNED, Packed, pack, unpack
-from jaxtune.training.optimizers import OPTIMIZERS, adamw
+from jaxtune.training.optimizers import OPTIMIZERS, PAGED, adamw, make_optimizer
+from jaxtune.training.optimizers.moments_8bit import SIGNED, SMALLEST, UNSIGNED, Packed, pack, unpack
 from jaxtune.training.trainer import optimizer_of
 from tests.kit import models, tiny
 from tests.kit.compare import assert_trees_equal
@@ -110,53 +110,78 @@ def gradients(step):
 
 OPTIMIZER = adamw(lambda step: jnp.float32(RATE), **SETTINGS, bits=8)
 UPDATE = jax.jit(OPTIMIZER.update)
+LION = make_optimizer("lion_8bit", lambda step: jnp.float32(RATE), **SETTINGS)
 
 
 def start():
     return {name: jnp.asarray(gradient * 0.1) for name, gradient in gradients(1000).items()}
 
 
-def run(steps):
+def run(steps, optimizer=OPTIMIZER):
     weights = start()
-    state = OPTIMIZER.init(weights)
+    state = optimizer.init(weights)
+    update = UPDATE if optimizer is OPTIMIZER else jax.jit(optimizer.update)
     for step in range(steps):
-        updates, state = UPDATE(gradients(step), state, weights)
+        updates, state = update(gradients(step), state, weights)
         weights = jax.tree.map(jnp.add, weights, updates)
     return weights, state
 
 
-def test_twenty_steps_are_bitsandbytes(monkeypatch):
-    """Its AdamW8bit, which does not decay what is in the second group: weights to float32's rounding, and all but
-    a few codes. A rounding error of the last bit turns a code in thousands, by one."""
+@pytest.fixture
+def exact(monkeypatch):
+    """bitsandbytes' optimizers on a CPU, with the search of its other kernels."""
 
     def search(x, code, absmax, out, blocksize):
         out[:], absmax[:] = exact_search(x, code)
 
     monkeypatch.setattr("bitsandbytes.backends.cpu.ops._quant_blockwise_fp32_direct", search)
+
+
+def theirs_after(steps, kind, **settings):
+    """Weights, and a state for each, of an optimizer that does not decay what is in its second group."""
     twin = {name: torch.nn.Parameter(torch.from_numpy(np.array(w))) for name, w in start().items()}
     groups = [
         {"params": [w for name, w in twin.items() if name != "bias"]},
         {"params": [twin["bias"]], "weight_decay": 0.0},
     ]
-    optimizer = bitsandbytes.optim.AdamW8bit(groups, lr=RATE, weight_decay=SETTINGS["weight_decay"])
-    for step in range(20):
+    optimizer = kind(groups, lr=RATE, weight_decay=SETTINGS["weight_decay"], **settings)
+    for step in range(steps):
         for name, gradient in gradients(step).items():
             twin[name].grad = torch.from_numpy(gradient)
         optimizer.step()
+    return {name: (w.detach().numpy(), optimizer.state[w]) for name, w in twin.items()}
 
-    weights, (state, *_) = run(20)
-    for name, weight in twin.items():
-        expected, before = weight.detach().numpy(), start()[name]
-        assert np.abs(expected - before).max() > 5 * RATE
+
+def assert_moments_agree(ours, theirs):
+    """All but a few codes: a rounding error of the last bit turns a code in thousands, by one."""
+    if not isinstance(ours, Packed):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+        return
+    off = np.abs(ours.codes.astype(int) - theirs.numpy().astype(int))
+    assert off.max() <= 1
+    assert off.mean() < 1e-3
+
+
+def test_twenty_steps_of_adamw_are_bitsandbytes(exact):
+    """Weights to float32's rounding."""
+    weights, ((state, _), *_) = run(20)
+    for name, (expected, moments) in theirs_after(20, bitsandbytes.optim.AdamW8bit).items():
+        assert np.abs(expected - start()[name]).max() > 5 * RATE
         np.testing.assert_allclose(weights[name], expected, rtol=0, atol=1e-2 * RATE, err_msg=name)
-        for ours, key in ((state.mean[name], "state1"), (state.square[name], "state2")):
-            moment = optimizer.state[weight][key].numpy()
-            if name == "small":
-                np.testing.assert_allclose(ours, moment, rtol=1e-5, atol=1e-7)
-            else:
-                off = np.abs(ours.codes.astype(int) - moment.astype(int))
-                assert off.max() <= 1
-                assert off.mean() < 1e-3, name
+        assert_moments_agree(state.mean[name], moments["state1"])
+        assert_moments_agree(state.square[name], moments["state2"])
+
+
+def test_ten_steps_of_lion_are_bitsandbytes(exact):
+    """Its steps are signs: a rounding error where a mean is all but zero is a step the other way, of one weight in
+    thousands."""
+    weights, ((state, _), *_) = run(10, LION)
+    betas = SETTINGS["beta1"], SETTINGS["beta2"]
+    for name, (expected, moments) in theirs_after(10, bitsandbytes.optim.Lion8bit, betas=betas).items():
+        assert np.abs(expected - start()[name]).max() > 5 * RATE
+        off = np.abs(weights[name] - expected) > 1e-2 * RATE
+        assert off.mean() < 1e-3, name
+        assert_moments_agree(state.mean[name], moments["state1"])
 
 
 def test_a_step_is_deterministic():
@@ -171,7 +196,7 @@ def test_a_trained_weight_takes_2_03_bytes_of_state():
 
 
 def test_small_leaves_keep_float32():
-    state = OPTIMIZER.init({"small": jnp.zeros(SMALLEST - 1), "large": jnp.zeros(SMALLEST)})[0]
+    state = OPTIMIZER.init({"small": jnp.zeros(SMALLEST - 1), "large": jnp.zeros(SMALLEST)})[0][0]
     assert state.mean["small"].dtype == state.square["small"].dtype == jnp.float32
     assert isinstance(state.mean["large"], Packed)
     assert isinstance(state.square["large"], Packed)
@@ -199,9 +224,9 @@ def test_a_cut_weight_has_a_cut_state():
     )
     assert "all-" not in UPDATE.lower(gradient, state, weights).compile().as_text()
     ours, state = UPDATE(gradient, state, weights)
-    assert state[0].mean["a"].codes.sharding.is_equivalent_to(cut, 3)
-    assert state[0].mean["a"].absmax.sharding.is_equivalent_to(cut, 3)
-    assert_trees_equal(state[0], after[0])
+    assert state[0][0].mean["a"].codes.sharding.is_equivalent_to(cut, 3)
+    assert state[0][0].mean["a"].absmax.sharding.is_equivalent_to(cut, 3)
+    assert_trees_equal(state[0][0], after[0][0])
     np.testing.assert_allclose(ours["a"], expected["a"], rtol=1e-6)
 
 
@@ -228,21 +253,32 @@ def test_three_hundred_steps_reach_the_loss_of_float32():
     assert eight[-50:].mean() == pytest.approx(full[-50:].mean(), rel=0.01)
 
 
-def test_the_names_of_transformers():
+@pytest.mark.parametrize(
+    "name", [name for name, kind in OPTIMIZERS.items() if kind.family in ("adamw", "lion")]
+)
+def test_a_name_says_the_bits(name):
+    optimizer, _ = optimizer_of(SFTConfig(optim=name), total_steps=10)
+    state = optimizer.init({"a": jnp.zeros(SHAPES["a"])})
+    sizes = {leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.shape == SHAPES["a"]}
+    assert sizes == {OPTIMIZERS[name].bits // 8}
+
+
+def test_8_bits_are_the_default():
     assert SFTConfig().optim == "adamw_8bit"
-    for name, bits in OPTIMIZERS.items():
-        optimizer, _ = optimizer_of(SFTConfig(optim=name), total_steps=10)
-        state = optimizer.init({"a": jnp.zeros(SHAPES["a"])})
-        sizes = {leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.shape == SHAPES["a"]}
-        assert sizes == {bits // 8}, name
 
 
-def test_a_paged_optimizer_is_taken_with_one_line(caplog):
+@pytest.mark.parametrize("name", PAGED)
+def test_a_paged_optimizer_is_taken_with_one_line(name, caplog):
     with caplog.at_level(logging.INFO, "jaxtune"):
-        SFTConfig(optim="paged_adamw_8bit")
+        config = SFTConfig(optim=name)
     assert [record.getMessage() for record in caplog.records] == [
-        "SFTConfig: optim='paged_adamw_8bit' is adamw_8bit: nothing is paged."
+        f"SFTConfig: optim='{name}' is {PAGED[name]}: nothing is paged."
     ]
+    paged, same = (
+        optimizer_of(c, 10)[0].init({"a": jnp.zeros(SHAPES["a"])})
+        for c in (config, SFTConfig(optim=PAGED[name]))
+    )
+    assert_trees_equal(paged, same)
 
 
 @pytest.mark.parametrize(("name", "near"), [("adamw_8bits", "'adamw_8bit'"), ("adam_torch", "'adamw_torch'")])
