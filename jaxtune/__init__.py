@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from jaxtune.language_model import LanguageModel
     from jaxtune.rl import GRPOConfig, GRPOTrainer
     from jaxtune.training import EarlyStoppingCallback, SFTConfig, SFTTrainer, TrainerCallback
+    from jaxtune.unsloth_names import (
+        UnslothTrainer,
+        UnslothTrainingArguments,
+        is_bfloat16_supported,
+        unsloth_train,
+    )
 
 _HOME = {
     "EarlyStoppingCallback": "jaxtune.training",
@@ -29,14 +35,18 @@ _HOME = {
     "SFTConfig": "jaxtune.training",
     "SFTTrainer": "jaxtune.training",
     "TrainerCallback": "jaxtune.training",
+    "UnslothTrainer": "jaxtune.unsloth_names",
+    "UnslothTrainingArguments": "jaxtune.unsloth_names",
     "add_new_tokens": "jaxtune.api",
     "apply_chat_template": "jaxtune.data.apply_template",
     "construct_chat_template": "jaxtune.data.apply_template",
     "get_chat_template": "jaxtune.data.templates",
+    "is_bfloat16_supported": "jaxtune.unsloth_names",
     "standardize_data_formats": "jaxtune.data.sharegpt",
     "standardize_sharegpt": "jaxtune.data.sharegpt",
     "to_sharegpt": "jaxtune.data.merging",
     "train_on_responses_only": "jaxtune.data.masking",
+    "unsloth_train": "jaxtune.unsloth_names",
 }
 
 __all__ = [
@@ -48,15 +58,19 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "TrainerCallback",
+    "UnslothTrainer",
+    "UnslothTrainingArguments",
     "__version__",
     "add_new_tokens",
     "apply_chat_template",
     "construct_chat_template",
     "get_chat_template",
+    "is_bfloat16_supported",
     "standardize_data_formats",
     "standardize_sharegpt",
     "to_sharegpt",
     "train_on_responses_only",
+    "unsloth_train",
 ]
 
 

@@ -95,8 +95,10 @@ class TokenCache:
 def _settings(reading: Reading) -> bytes | None:
     """Everything besides the rows that tokens and labels depend on; None if it cannot be told."""
     tokenizer = reading.tokenizer
+    if tokenizer is None or not tokenizer.is_fast:
+        return None
     # A function has no content; a template that writes today's date makes other tokens tomorrow.
-    if reading.formatting_func or not tokenizer.is_fast or "strftime_now" in str(tokenizer.chat_template):
+    if reading.formatting_func or "strftime_now" in str(tokenizer.chat_template):
         return None
     parts: list[Any] = [
         __version__,

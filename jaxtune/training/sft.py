@@ -1,5 +1,6 @@
 """SFTTrainer: supervised fine-tuning of a model's adapter, or of all its weights, under TRL's names."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from jaxtune.data.preview import preview
 from jaxtune.data.sample import Sample
 from jaxtune.data.token_cache import default_folder
 from jaxtune.errors import OptionError
+from jaxtune.log import get_logger, show
 from jaxtune.models.layer_loop import Remat
 from jaxtune.options import ANY, mirrors
 from jaxtune.training.evaluation import evaluate
@@ -20,12 +22,18 @@ from jaxtune.training.losses import WatchedLoss, next_token_loss, unwatched
 from jaxtune.training.sft_config import SFTConfig
 from jaxtune.training.trainer import Trainable, Trainer, TrainOutput
 
+log = get_logger(__name__)
+
 _WITHOUT_EFFECT = {
-    "data_collator": None,
     "peft_config": None,
     "packing": False,
     "dataset_num_proc": ANY,
 }
+
+
+_PADDING_COLLATORS = (
+    "DataCollatorForSeq2Seq", "DataCollatorWithPadding", "DataCollatorForLanguageModeling", "default_data_collator",
+)  # fmt: skip
 
 
 @mirrors(_WITHOUT_EFFECT)
@@ -49,8 +57,17 @@ class SFTTrainer(Trainer):
         processing_class: Any = None,
         tokenizer: Any = None,
         formatting_func: Callable | None = None,
+        data_collator: Any = None,
         callbacks: Any = None,
+        dataset_text_field: str | None = None,
+        max_seq_length: int | None = None,
     ):
+        """The last two are SFTConfig's, which older scripts give here."""
+        _require_padding_only(data_collator)
+        older = {"dataset_text_field": dataset_text_field, "max_length": max_seq_length}
+        given: dict[str, Any] = {name: value for name, value in older.items() if value is not None}
+        if given:
+            args = dataclasses.replace(args or SFTConfig(), **given)
         super().__init__(
             model,
             args,
@@ -143,6 +160,22 @@ class SFTTrainer(Trainer):
             accumulation=self.args.gradient_accumulation_steps,
             seed=self.args.seed,
         )
+
+
+def _require_padding_only(collator: Any) -> None:
+    """transformers' collators that only pad have nothing to do here, where samples lie end to end; others would."""
+    name = getattr(collator, "__name__", type(collator).__name__)
+    pads = name in _PADDING_COLLATORS and not getattr(collator, "mlm", False)
+    if collator is None:
+        return
+    if not pads:
+        raise OptionError(
+            f"SFTTrainer was given data_collator={name}, which this version does not support.",
+            expected=f"None, or one of {', '.join(_PADDING_COLLATORS)}, which pad.",
+            fix="Leave it out. What it masks, assistant_only_loss, completion_only_loss or train_on_responses_only do.",
+        )
+    show()
+    log.info("SFTTrainer: data_collator=%s has no effect in jaxtune: samples lie end to end.", name)
 
 
 def _by_prefix(samples: Any, prefix: str) -> dict[str, list[Sample]]:

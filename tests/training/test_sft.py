@@ -251,6 +251,12 @@ def test_which_tokens_are_trained_on(model):
     assert text([{"body": "the fox"}], dataset_text_field="body")[0].endswith("the fox<|im_end|>")
 
 
+def test_rows_of_ids_need_no_tokenizer(model, baseline):
+    trainer, log = train(dataclasses.replace(model, tokenizer=None))
+    assert trainer.processing_class is None
+    assert column(log, "loss") == column(baseline[1], "loss")
+
+
 def test_a_preview_of_a_file_s_rows(model, tmp_path, capsys):
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps(CHAT[0]) + "\n" + json.dumps({"messages": CHAT[0]["messages"][:2]}) + "\n")
