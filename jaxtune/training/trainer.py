@@ -227,7 +227,7 @@ class Trainer:
             except BaseException:  # an interrupt, a reward function, a full disk: what was learnt is not lost
                 if keeper is not None:
                     keeper.abandon()
-                if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.trained)):
+                if not any(map(_is_gone, jax.tree.leaves(state.trained))):
                     keep()
                 raise
         keep()
@@ -253,6 +253,10 @@ class Trainer:
         elif trains_all:
             fix += " First load the model again: the weights that it began with are gone."
         return DivergenceError(error.found, expected=error.expected, fix=fix)
+
+
+def _is_gone(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and leaf.is_deleted()
 
 
 def optimizer_of(args: TrainingConfig, total_steps: int) -> tuple[optax.GradientTransformation, Schedule]:

@@ -190,8 +190,9 @@ def test_a_rate_of_what_is_not_trained(model):
 def test_schedule_free_learning_leaves_the_average(model, full_finetuning, monkeypatch):
     states = []
 
-    def watched(step, state, frozen, stream, on_record, on_state):
-        return loop.run(step, state, frozen, stream, on_record, lambda s: (states.append(s), on_state(s)))
+    def watched(step, state, frozen, stream, on_record, on_state, *more):
+        noted = lambda s: (states.append(s), on_state(s))
+        return loop.run(step, state, frozen, stream, on_record, noted, *more)
 
     monkeypatch.setattr(trainer, "run", watched)
     settings = {}
