@@ -1,6 +1,7 @@
 """The steps of a run as arrays: `BatchStream` goes through the samples epoch by epoch in a reproducible order, lays
 those of each step end to end in rows (see layout.py), and can be put back to where it was."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from typing import Any, NamedTuple
@@ -97,6 +98,14 @@ class BatchStream:
         if self._cursor == len(self._samples):
             self._go_to(self._epoch + 1, 0)
         return batch, info
+
+    def fingerprint(self) -> str:
+        """Of all samples: their tokens, and which are trained on."""
+        content = hashlib.blake2b(digest_size=8)
+        for sample in self._samples:
+            content.update(np.ascontiguousarray(sample.input_ids, np.int32))
+            content.update(np.ascontiguousarray(sample.labels, np.int32))
+        return content.hexdigest()
 
     def state(self) -> dict[str, Any]:
         """Where the stream is, for JSON: the batch that comes next is the first that a restored stream yields."""

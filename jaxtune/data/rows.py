@@ -25,6 +25,12 @@ def iterate_rows(dataset: Any) -> Iterator[Row]:
             expected="one split: a `datasets.Dataset`, a list (or any iterable) of dicts, or the path of a file.",
             fix='Pass a split, such as `dataset["train"]`.',
         )
+    if callable(dataset) and not hasattr(dataset, "__getitem__"):
+        raise DatasetError(
+            f"the dataset is the function {getattr(dataset, '__name__', dataset)!r}.",
+            expected="what it returns.",
+            fix="Call it.",
+        )
     rows = iter(dataset) if hasattr(dataset, "__iter__") else map(dataset.__getitem__, range(len(dataset)))
     first = next(rows, None)
     if first is None:

@@ -98,7 +98,8 @@ class Callbacks:
 
 def require_callbacks(callbacks: Any) -> list[Any]:
     """Something with a hook each."""
-    given = list(callbacks or [])
+    is_one = any(hasattr(callbacks, hook) for hook in HOOKS)
+    given = [callbacks] if is_one else list(callbacks or [])
     for callback in given:
         if not any(hasattr(callback, hook) for hook in HOOKS):
             raise OptionError(

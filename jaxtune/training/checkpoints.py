@@ -9,10 +9,11 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
+import logging
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,7 +155,7 @@ def read_state(path: Path, like: TrainState) -> TrainState:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
     )
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _root_handlers_kept(), ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore((path / STATE).absolute(), abstract)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
@@ -167,5 +168,18 @@ def read_state(path: Path, like: TrainState) -> TrainState:
 def _write_state(path: Path, state: TrainState) -> None:
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _root_handlers_kept(), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), state)
+
+
+@contextlib.contextmanager
+def _root_handlers_kept() -> Iterator[None]:
+    """Orbax logs through absl, which gives the root logger a handler where it has none; all of our lines would then be
+    printed twice."""
+    before = list(logging.root.handlers)
+    try:
+        yield
+    finally:
+        for handler in logging.root.handlers[:]:
+            if handler not in before:
+                logging.root.removeHandler(handler)

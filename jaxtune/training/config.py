@@ -116,7 +116,7 @@ class TrainingConfig:
             log.info(
                 "%s: optim=%r is %s: nothing is paged.", type(self).__name__, self.optim, PAGED[self.optim]
             )
-        self.require(_is_whole(self.seed), "seed", "a whole number")
+        self.require(_is_whole(self.seed) and self.seed >= 0, "seed", "a whole number of at least 0")
         self.require(isinstance(self.output_dir, str | Path | None), "output_dir", "a path, or None")
         if self.gradient_checkpointing is not None:
             level(self.gradient_checkpointing)

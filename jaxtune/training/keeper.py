@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,13 +30,12 @@ EvalSets = Mapping[str, Sequence[Sample]]
 _RESTORED = (
     "global_step", "epoch", "log_history", "best_metric", "best_global_step", "best_model_checkpoint",
 )  # fmt: skip
-_SAME = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "seed",
-)
+_FREE = frozenset((
+    "output_dir", "num_train_epochs", "logging_steps", "gradient_checkpointing", "cache_tokens", "eval_strategy",
+    "eval_steps", "eval_on_start", "per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "resume_from_checkpoint",
+))  # fmt: skip
+"""Settings that a resumed run may have otherwise, and go on as before."""
 
 
 class Keeper:
@@ -73,30 +74,46 @@ class Keeper:
         found = read_run(path, self.model.causal_lm)
         self._compare_settings(path, found["settings"])
         if found["global_step"] >= run.max_steps:
-            raise CheckpointError(
-                f"{path} is of step {found['global_step']}, and the run has {run.max_steps} steps.",
-                expected="a run that is not finished.",
-                fix="Raise max_steps or num_train_epochs, or resume from an earlier checkpoint.",
+            log.warning(
+                "%s is of step %d: the run's %d steps are done.", path, found["global_step"], run.max_steps
             )
         for name in _RESTORED:
             setattr(run, name, found[name])
         for name, value in found["tally"].items():
             setattr(tally, name, value)
         self.stream.restore(found["data"])
+        if found["samples"] != self._samples:
+            raise CheckpointError(
+                f"{path} is of a run over other samples, or with other tokens trained on.",
+                expected="the dataset, its preparation and the masks of the run that is resumed.",
+                fix="Restore them, train_on_responses_only among them; or begin anew from the adapter in that folder.",
+            )
         log.info("resuming from %s, after %d of %d steps", path, run.global_step, run.max_steps)
         return read_state(path, state)
 
     def _compare_settings(self, path: Path, before: Mapping[str, Any]) -> None:
         now = self._settings()
-        for name in _SAME:
-            if before.get(name) != now[name]:
+        if before["optim"] != now["optim"]:
+            raise CheckpointError(
+                f"{path} was saved with optim={before['optim']!r}, and now it is {now['optim']!r}.",
+                expected="the optimizer whose state the checkpoint holds.",
+                fix=f"Set optim={before['optim']!r}; or begin anew from the adapter in that folder.",
+            )
+        for name, value in now.items():
+            if before.get(name) != value:
                 log.warning(
                     "%s was saved with %s=%r, and now it is %r: the run goes on differently.",
-                    path, name, before.get(name), now[name],
+                    path, name, before.get(name), value,
                 )  # fmt: skip
 
     def _settings(self) -> dict[str, Any]:
-        return {name: getattr(self.args, name) for name in _SAME}
+        """Those that decide about the losses, as JSON has them."""
+        settings = {name: value for name, value in dataclasses.asdict(self.args).items() if name not in _FREE}
+        return json.loads(json.dumps(settings | {"max_steps": self.run.max_steps}, default=str))
+
+    @functools.cached_property
+    def _samples(self) -> str:
+        return self.stream.fingerprint()
 
     def before_training(self, left: Callable, output: RunLog, callbacks: Callbacks) -> None:
         if self.args.eval_on_start and self.run.global_step == 0:
@@ -155,6 +172,7 @@ class Keeper:
             **dataclasses.asdict(self.run),
             "tally": dataclasses.asdict(self.tally),
             "data": self.stream.state(),
+            "samples": self._samples,
             "settings": self._settings(),
             "model": fingerprint(self.model.causal_lm),
         }

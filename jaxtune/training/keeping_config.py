@@ -54,6 +54,9 @@ class KeepingConfig(TrainingConfig):
         self.require(resumes, "resume_from_checkpoint", "a path, True, or None")
         needs_best = self.load_best_model_at_end or self.save_strategy == "best"
         if needs_best:
+            self.require(
+                self.output_dir is not None, "output_dir", "a folder, where the best checkpoint can wait"
+            )
             self.require(self.eval_strategy != "no", "eval_strategy", "steps or epoch, to know what is best")
         if self.load_best_model_at_end and self.save_strategy != "best":
             self._require_saved_where_evaluated()

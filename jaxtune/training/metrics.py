@@ -71,7 +71,7 @@ class RunLog:
     ):
         """`history` is what a run that is resumed had written after its `done` steps."""
         self.headline = headline
-        self.file = None if config.output_dir is None else _begin(Path(config.output_dir))
+        self.file = None if config.output_dir is None else _begin(Path(config.output_dir), resumed=done > 0)
         settings = dataclasses.asdict(config) | {"output_dir": str(config.output_dir)}
         self._write_line({"settings": settings})
         for record in history:
@@ -123,12 +123,13 @@ class RunLog:
         self.bar.close()
 
 
-def _begin(folder: Path) -> Path:
-    """The path of the run's file. Nothing is left of an earlier run."""
-    refuse_strangers(folder, marker=FILE)
+def _begin(folder: Path, resumed: bool) -> Path:
+    """The path of the run's file. Nothing is left of an earlier run's."""
+    if not any(folder.glob("checkpoint-*")):  # which are ours, wherever they were copied from
+        refuse_strangers(folder, marker=FILE)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / FILE).is_file():
+        if (folder / FILE).is_file() and not resumed:
             log.info("%s is replaced: it was of an earlier run.", folder / FILE)
         for name in (FILE, COMPLETIONS_FILE):
             (folder / name).unlink(missing_ok=True)

@@ -7,6 +7,7 @@ A trainer of its own kind adds what its batches are and what its loss is.
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -42,6 +43,8 @@ class Trainable(Protocol):
     max_seq_length: int
     gradient_checkpointing: bool | str
     stop_ids: tuple[int, ...]
+
+    def save_pretrained(self, save_directory: str | Path, tokenizer: Any = None) -> None: ...
 
 
 class TrainOutput(NamedTuple):
@@ -243,6 +246,20 @@ class Trainer:
             "epoch": run_state.epoch,
         }
         return TrainOutput(steps, metrics["train_loss"], metrics)
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """The model as it is now, as its own `save_pretrained` writes it, with the tokenizer; to output_dir by
+        default."""
+        folder = self.args.output_dir if output_dir is None else output_dir
+        if folder is None:
+            raise OptionError(
+                "save_model() of a trainer without an output_dir.", expected="a folder.", fix="Pass one."
+            )
+        saves = hasattr(self.processing_class, "save_pretrained")
+        self.model.save_pretrained(folder, self.processing_class if saves else None)
+
+    def add_callback(self, callback: Any) -> None:
+        self.callbacks += require_callbacks([callback])
 
     def _diverged(self, error: DivergenceError, keeper: Keeper | None, trains_all: bool) -> DivergenceError:
         """The same, with what there is to go on from."""

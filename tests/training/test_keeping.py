@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import logging
 import os
 import shutil
 import signal
@@ -281,14 +282,15 @@ class TestWhatCannotBeResumed:
         with pytest.raises(Exception, match="num_samples=8, and now it is 5"):
             trainer.train(undisturbed[1] / "checkpoint-2")
 
+    def test_other_samples(self, model, undisturbed):
+        trainer = trainer_of(model)
+        trainer.samples[0].labels[:5] = -100
+        with pytest.raises(CheckpointError, match="over other samples, or with other tokens trained on"):
+            trainer.train(undisturbed[1] / "checkpoint-2")
+
     def test_another_optimizer(self, model, undisturbed):
         said = self.resume(model, None, undisturbed[1] / "checkpoint-2", optim="adamw_torch")
-        assert "does not hold this run's state" in said and "the same optim" in said
-
-    def test_a_finished_run(self, model, undisturbed):
-        assert "is of step 6, and the run has 6 steps" in self.resume(
-            model, undisturbed[1], undisturbed[1] / "checkpoint-6"
-        )
+        assert "was saved with optim='adamw_8bit', and now it is 'adamw_torch'" in said
 
     @pytest.mark.parametrize("content", ["", "{", "{}"])
     def test_a_file_that_was_cut(self, model, undisturbed, tmp_path, content):
@@ -303,8 +305,43 @@ class TestWhatCannotBeResumed:
 
 
 def test_other_settings_are_said(model, undisturbed, caplog):
-    trained(model, None, undisturbed[1] / "checkpoint-4", learning_rate=1e-3)
+    trained(
+        model, None, undisturbed[1] / "checkpoint-4", learning_rate=1e-3, loss_type="dft", eval_on_start=True
+    )
     assert "learning_rate=0.01, and now it is 0.001" in caplog.text
+    assert "loss_type='nll', and now it is 'dft'" in caplog.text
+    assert caplog.text.count("the run goes on differently") == 2
+
+
+def test_a_run_that_is_done_is_left_as_it_is(model, undisturbed, caplog):
+    """What a scheduler starts again need not fail."""
+    again = trained(model, None, undisturbed[1] / "checkpoint-6")
+    assert "the run's 6 steps are done" in caplog.text
+    assert_trees_equal(again.model.lora, undisturbed[0].model.lora)
+
+
+def test_nothing_is_printed_twice(undisturbed):
+    assert not any(type(handler) is logging.StreamHandler for handler in logging.root.handlers)
+
+
+def test_checkpoints_alone_are_a_run_s_folder(model, undisturbed, tmp_path, caplog):
+    shutil.copytree(undisturbed[1] / "checkpoint-4", tmp_path / "run" / "checkpoint-4")
+    caplog.set_level("INFO", "jaxtune")
+    again = trained(model, tmp_path / "run", True)
+    assert_trees_equal(again.model.lora, undisturbed[0].model.lora)
+    assert "is replaced" not in caplog.text
+
+
+def test_save_model_is_the_model_s(model, undisturbed, tmp_path):
+    trainer, folder = undisturbed
+    trainer.save_model(tmp_path / "saved")
+    same = (
+        folder / "checkpoint-6" / "adapter_model.safetensors",
+        tmp_path / "saved" / "adapter_model.safetensors",
+    )
+    assert_trees_equal(*map(load_file, same))
+    with pytest.raises(OptionError, match="without an output_dir"):
+        trainer_of(model).save_model()
 
 
 class TestCallbacks:
@@ -359,7 +396,13 @@ class TestCallbacks:
         with pytest.raises(OptionError, match="none of a callback's hooks"):
             trainer_of(model, callbacks=[object()])
         with pytest.raises(OptionError, match="a run that is never evaluated"):
-            trained(model, callbacks=[EarlyStoppingCallback()])
+            trained(model, callbacks=EarlyStoppingCallback())
+
+    def test_one_may_come_later(self, model):
+        trainer = trainer_of(model)
+        trainer.add_callback(Asks(2, lambda control: setattr(control, "should_training_stop", True)))
+        trainer.train()
+        assert trainer.state.global_step == 2
 
 
 UNEVEN = dict(
@@ -408,9 +451,13 @@ class TestTheBest:
         ({"save_steps": 1.5}, "save_steps=1.5"),
         ({"eval_steps": -1}, "eval_steps=-1"),
         ({"save_total_limit": 0}, "save_total_limit=0"),
-        ({"load_best_model_at_end": True}, "eval_strategy='no'"),
-        ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, "save_strategy='steps'"),
-        (dict(load_best_model_at_end=True, eval_strategy="steps", eval_steps=3, save_steps=4), "multiple of the 3"),
+        ({"load_best_model_at_end": True}, "output_dir=None"),
+        ({"load_best_model_at_end": True, "output_dir": "x"}, "eval_strategy='no'"),
+        ({"load_best_model_at_end": True, "output_dir": "x", "eval_strategy": "epoch"}, "save_strategy='steps'"),
+        (
+            dict(load_best_model_at_end=True, output_dir="x", eval_strategy="steps", eval_steps=3, save_steps=4),
+            "multiple of the 3",
+        ),
         ({"resume_from_checkpoint": 3}, "resume_from_checkpoint=3"),
     ],
 )  # fmt: skip
@@ -420,6 +467,8 @@ def test_settings_that_cannot_be(settings, said):
 
 
 def test_names_that_callbacks_of_transformers_look_up():
-    config = KeepingConfig(load_best_model_at_end=True, eval_strategy="epoch", save_strategy="epoch")
+    config = KeepingConfig(
+        load_best_model_at_end=True, eval_strategy="epoch", save_strategy="epoch", output_dir="x"
+    )
     assert (config.metric_for_best_model, config.greater_is_better) == ("loss", False)
     assert KeepingConfig(metric_for_best_model="accuracy").greater_is_better is True
