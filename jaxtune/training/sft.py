@@ -89,9 +89,12 @@ class SFTTrainer(Trainer):
         )
         self.samples: list[Sample] = self._prepare(train_dataset)
         self.eval_samples: list[Sample] | dict[str, list[Sample]] | None = self._prepare_eval(eval_dataset)
-        if self.eval_samples is None:
-            needed = "no: there is no eval_dataset"
-            self.args.require(self.args.eval_strategy == "no", "eval_strategy", needed)
+        if self.eval_samples is None and self.args.eval_strategy != "no":
+            raise OptionError(
+                f"eval_strategy={self.args.eval_strategy!r}, and there is no eval_dataset.",
+                expected="a dataset to evaluate on.",
+                fix="Pass eval_dataset=..., or leave eval_strategy out.",
+            )
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
         """Trains from the beginning, or from a checkpoint: a folder, or True for the newest in output_dir."""
