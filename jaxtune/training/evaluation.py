@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 
 import jax
@@ -34,6 +34,16 @@ def evaluate(
         f"{prefix}_samples_per_second": len(samples) / runtime,
         f"{prefix}_steps_per_second": stream.steps_per_epoch / runtime,
     }
+
+
+def evaluate_all(
+    model: CausalLM, params: Params, lora: Lora | None, sets: Mapping[str, Sequence[Sample]], batch_size: int
+) -> Record:
+    """The metrics of several sets, by their prefixes."""
+    metrics: Record = {}
+    for prefix, samples in sets.items():
+        metrics |= evaluate(model, params, lora, samples, batch_size, prefix)
+    return metrics
 
 
 @functools.partial(jax.jit, static_argnums=0)

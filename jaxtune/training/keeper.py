@@ -15,7 +15,7 @@ from jaxtune.log import get_logger
 from jaxtune.models.causal_lm import Lora, Params
 from jaxtune.training.callbacks import Callbacks, RunState
 from jaxtune.training.checkpoints import Checkpoints, find, fingerprint, read_run, read_state
-from jaxtune.training.evaluation import evaluate
+from jaxtune.training.evaluation import evaluate_all
 from jaxtune.training.keeping_config import KeepingConfig
 from jaxtune.training.loop import Record
 from jaxtune.training.metrics import RunLog, Tally
@@ -144,10 +144,8 @@ class Keeper:
     def _evaluate(self, left: Callable, output: RunLog, callbacks: Callbacks) -> bool:
         """Whether it was the best so far."""
         params, lora = left()
-        metrics: Record = {}
-        for prefix, samples in self.eval_sets.items():
-            batch_size = self.args.per_device_eval_batch_size
-            metrics |= evaluate(self.model.causal_lm, params, lora, samples, batch_size, prefix)
+        batch_size = self.args.per_device_eval_batch_size
+        metrics = evaluate_all(self.model.causal_lm, params, lora, self.eval_sets, batch_size)
         record = {"step": float(self.run.global_step), "epoch": self.run.epoch, **metrics}
         self.run.log_history.append(record)
         output.write_evaluation(record)

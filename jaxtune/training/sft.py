@@ -15,7 +15,7 @@ from jaxtune.errors import OptionError
 from jaxtune.log import get_logger, show
 from jaxtune.models.layer_loop import Remat
 from jaxtune.options import ANY, mirrors
-from jaxtune.training.evaluation import evaluate
+from jaxtune.training.evaluation import evaluate_all
 from jaxtune.training.keeper import Keeper
 from jaxtune.training.loop import Record
 from jaxtune.training.losses import WatchedLoss, next_token_loss, unwatched
@@ -121,13 +121,8 @@ class SFTTrainer(Trainer):
                 expected="a dataset.",
                 fix="Pass one: trainer.evaluate(dataset).",
             )
-        metrics: Record = {}
-        for prefix, each in _by_prefix(samples, metric_key_prefix).items():
-            batch_size = self.args.per_device_eval_batch_size
-            metrics |= evaluate(
-                self.model.causal_lm, self.model.params, self.model.lora, each, batch_size, prefix
-            )
-        return metrics
+        sets, batch_size = _by_prefix(samples, metric_key_prefix), self.args.per_device_eval_batch_size
+        return evaluate_all(self.model.causal_lm, self.model.params, self.model.lora, sets, batch_size)
 
     def _prepare_eval(self, dataset: Any) -> list[Sample] | dict[str, list[Sample]] | None:
         if isinstance(dataset, Mapping):
