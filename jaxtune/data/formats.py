@@ -109,7 +109,7 @@ class _Tally:
         self.total += 1
         self.empty += not whole.num_tokens
         self.cut += sample is not whole
-        self.cut_off += bool(whole.num_trained and not sample.num_trained)
+        self.cut_off += sample is not whole and bool(whole.num_trained and not sample.num_trained)
         if encoded.border_moved:
             self.moved_borders.append(encoded.row)
 
