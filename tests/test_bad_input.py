@@ -623,7 +623,7 @@ def test_token_ids_of_another_model(adapted):
         ({"warmup_ratio": 2.0}, "warmup_ratio"),
         ({"gradient_checkpointing": "blok"}, "'block'"),
         ({"learning_rat": 1e-4}, "'learning_rate'"),
-        ({"packing": True}, "packing=True"),
+        ({"push_to_hub": True}, "push_to_hub=True"),
     ],
 )
 def test_settings_that_cannot_be(settings, word):

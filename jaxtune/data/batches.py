@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxtune.data.layout import Limits, Shape, cheapest_fit, shape_menu, spread
 from jaxtune.data.pieces import Packing, piece_lengths
-from jaxtune.data.sample import IGNORED, Sample
+from jaxtune.data.sample import IGNORED, Item, PackedRow, Sample
 from jaxtune.errors import DatasetError, OptionError
 
 type Batch = dict[str, np.ndarray]
@@ -28,24 +28,26 @@ class StepInfo(NamedTuple):
 
     epoch: float  # epochs done once this step is
     num_samples: int
-    sample_ids: tuple[int, ...]  # places in the dataset that was prepared
+    sample_ids: tuple[int, ...]  # places among the samples, before they were packed
     num_tokens: int  # of samples, without padding
     trained_tokens: int  # those with a label
     efficiency: float  # num_tokens by the places that the arrays have
 
 
 class BatchStream:
-    """Endless `(Batch, StepInfo)` pairs. A step has the next `batch_size * accumulation` samples of its epoch; the last
-    step of an epoch has what is left, as in the Hugging Face Trainer."""
+    """Endless `(Batch, StepInfo)` pairs. A step has the next `batch_size * accumulation` samples of its epoch (a packed
+    row counts as one). The last step of an epoch has what is left, as in the Hugging Face Trainer; with `drop_last`,
+    only as many as make whole batches."""
 
     def __init__(
         self,
-        samples: Sequence[Sample],
+        samples: Sequence[Item],
         batch_size: int,
         accumulation: int = 1,
         *,
         seed: int = 0,
         shuffle: bool = True,
+        drop_last: bool = False,
     ):
         for name, value in {"batch_size": batch_size, "accumulation": accumulation}.items():
             if value < 1:
@@ -59,23 +61,31 @@ class BatchStream:
                 fix="Check what `prepare` or a filter has left of the dataset.",
             )
         self._samples = samples
-        self._lengths = [len(sample.input_ids) for sample in samples]
+        self._lengths = [sample.num_tokens for sample in samples]
         self._seed, self._shuffle = seed, shuffle
-        self._step_size = min(batch_size * accumulation, len(samples))
+        self._epoch_size = len(samples) - (len(samples) % batch_size if drop_last else 0)
+        if not self._epoch_size:
+            raise DatasetError(
+                f"there are {len(samples)} samples (or packed rows), fewer than a batch of {batch_size}.",
+                expected="at least one whole batch, as dataloader_drop_last=True leaves out what is less.",
+                fix="Lower per_device_train_batch_size, or leave dataloader_drop_last out.",
+            )
+        self._step_size = min(batch_size * accumulation, self._epoch_size)
         self._epoch, self._cursor = 0, 0
         self._order = self._order_of(0)
         limits = Limits(accumulation, batch_size, max(self._lengths))
-        steps = list(islice(self._step_lengths(), min(MENU_STEPS, max(16, MENU_SAMPLES // self._step_size))))
-        self.shapes: tuple[Shape, ...] = shape_menu(steps, limits)
+        steps = list(islice(self._steps(), min(MENU_STEPS, max(16, MENU_SAMPLES // self._step_size))))
+        lengths_of_steps = [[self._lengths[member] for member in members] for members in steps]
+        self.shapes: tuple[Shape, ...] = shape_menu(lengths_of_steps, limits)
         self._packings: dict[Shape, Packing | None] = dict.fromkeys(self.shapes)
-        for lengths in steps:
+        for members, lengths in zip(steps, lengths_of_steps, strict=True):
             shape = cheapest_fit(lengths, self.shapes)
-            rows = [[lengths[member] for member in row] for row in spread(lengths, shape.all_rows)]
-            self._packings[shape] = Packing.of_step(rows, shape, self._packings[shape])
+            rows = rows_of([samples[member] for member in members], shape)
+            self._packings[shape] = Packing.of_step(_lengths_in(rows), shape, self._packings[shape])
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self._samples) // self._step_size)
+        return -(-self._epoch_size // self._step_size)
 
     def __iter__(self) -> Iterator[tuple[Batch, StepInfo]]:
         return self
@@ -89,22 +99,25 @@ class BatchStream:
         steps = -(-self._cursor // self._step_size)
         info = StepInfo(
             epoch=self._epoch + steps / self.steps_per_epoch,
-            num_samples=len(samples),
-            sample_ids=tuple(members),
+            num_samples=len(sample_ids := self._sample_ids(members)),
+            sample_ids=sample_ids,
             num_tokens=(num_tokens := sum(self._lengths[member] for member in members)),
             trained_tokens=sum(sample.num_trained for sample in samples),
             efficiency=num_tokens / batch["tokens"].size,
         )
-        if self._cursor == len(self._samples):
+        if self._cursor == self._epoch_size:
             self._go_to(self._epoch + 1, 0)
         return batch, info
 
     def fingerprint(self) -> str:
-        """Of all samples: their tokens, and which are trained on."""
+        """Of all samples: their tokens, which are trained on, and which lie together."""
         content = hashlib.blake2b(digest_size=8)
         for sample in self._samples:
-            content.update(np.ascontiguousarray(sample.input_ids, np.int32))
-            content.update(np.ascontiguousarray(sample.labels, np.int32))
+            if isinstance(sample, PackedRow):
+                content.update(np.array([part.num_tokens for part in sample.parts], np.int32))
+            for part in sample.parts:
+                content.update(np.ascontiguousarray(part.input_ids, np.int32))
+                content.update(np.ascontiguousarray(part.labels, np.int32))
         return content.hexdigest()
 
     def state(self) -> dict[str, Any]:
@@ -123,25 +136,35 @@ class BatchStream:
             if state[name] != self.state()[name]:
                 raise DatasetError(
                     f"the data position was saved with {name}={state[name]}, and now it is {self.state()[name]}.",
-                    expected="the dataset, its preparation and the seed of the run that is resumed.",
+                    expected="the dataset, its preparation and packing, and the seed of the run that is resumed.",
                     fix="Restore them, or start a new run without resume_from_checkpoint.",
                 )
-        self._go_to(state["epoch"], state["cursor"])
+        # With drop_last, an epoch may be shorter than the one that was being gone through.
+        at_end = state["cursor"] >= self._epoch_size
+        self._go_to(*((state["epoch"] + 1, 0) if at_end else (state["epoch"], state["cursor"])))
 
     def _go_to(self, epoch: int, cursor: int) -> None:
         self._epoch, self._cursor, self._order = epoch, cursor, self._order_of(epoch)
 
     def _order_of(self, epoch: int) -> np.ndarray:
         size = len(self._samples)
-        return epoch_order(size, self._seed, epoch) if self._shuffle else np.arange(size)
+        order = epoch_order(size, self._seed, epoch) if self._shuffle else np.arange(size)
+        return order[: self._epoch_size]
 
-    def _step_lengths(self) -> Iterator[list[int]]:
-        """The samples' lengths in each step, epoch after epoch. (The menu of shapes follows from these, and so is the
-        same in a resumed run.)"""
+    def _steps(self) -> Iterator[list[int]]:
+        """The members of each step, epoch after epoch. (The menu of shapes follows from these, and so is the same in a
+        resumed run.)"""
         for epoch in count():
             order = self._order_of(epoch).tolist()
             for start in range(0, len(order), self._step_size):
-                yield [self._lengths[member] for member in order[start : start + self._step_size]]
+                yield order[start : start + self._step_size]
+
+    def _sample_ids(self, members: Sequence[int]) -> tuple[int, ...]:
+        ids: dict[int, None] = {}  # each once, in order
+        for member in members:
+            item = self._samples[member]
+            ids |= dict.fromkeys(item.sample_ids if isinstance(item, PackedRow) else (member,))
+        return tuple(ids)
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
@@ -151,23 +174,31 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(bits, kind="stable")
 
 
-def lay_out(samples: Sequence[Sample], shape: Shape, packing: Packing | None = None) -> Batch:
+def rows_of(items: Sequence[Item], shape: Shape) -> list[list[Sample]]:
+    """The samples of each row of a batch of this shape, one after the other. What is packed stays together."""
+    spread_items = spread([item.num_tokens for item in items], shape.all_rows)
+    return [[part for member in row for part in items[member].parts] for row in spread_items]
+
+
+def lay_out(items: Sequence[Item], shape: Shape, packing: Packing | None = None) -> Batch:
     """The samples end to end in the rows of a batch of this shape, none cut; `packing` is what other steps need."""
     batch: Batch = {
         name: np.zeros(shape, dtype=np.int32) for name in ("tokens", "labels", "segment_ids", "positions")
     }
     batch["labels"].fill(IGNORED)
-    rows = {name: array.reshape(shape.all_rows, shape.length) for name, array in batch.items()}
-    rows_of_samples = spread([len(sample.input_ids) for sample in samples], shape.all_rows)
-    for row, members in enumerate(rows_of_samples):
+    arrays = {name: array.reshape(shape.all_rows, shape.length) for name, array in batch.items()}
+    rows = rows_of(items, shape)
+    for row, samples in enumerate(rows):
         start = 0
-        for segment, member in enumerate(members, start=1):
-            sample = samples[member]
-            end = start + len(sample.input_ids)
-            rows["tokens"][row, start:end] = sample.input_ids
-            rows["labels"][row, start : end - 1] = sample.labels[1:]
-            rows["segment_ids"][row, start:end] = segment
-            rows["positions"][row, start:end] = np.arange(end - start)
+        for segment, sample in enumerate(samples, start=1):
+            end = start + sample.num_tokens
+            arrays["tokens"][row, start:end] = sample.input_ids
+            arrays["labels"][row, start : end - 1] = sample.labels[1:]
+            arrays["segment_ids"][row, start:end] = segment
+            arrays["positions"][row, start:end] = np.arange(end - start)
             start = end
-    lengths = [[len(samples[member].input_ids) for member in row] for row in rows_of_samples]
-    return batch | {"piece_lengths": piece_lengths(lengths, shape, packing)}
+    return batch | {"piece_lengths": piece_lengths(_lengths_in(rows), shape, packing)}
+
+
+def _lengths_in(rows: Sequence[Sequence[Sample]]) -> list[list[int]]:
+    return [[sample.num_tokens for sample in row] for row in rows]

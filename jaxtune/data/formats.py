@@ -22,6 +22,8 @@ log = get_logger(__name__)
 
 CHUNK_ROWS = 1000  # enough for the tokenizer to use its cores, little enough to hold the texts in memory
 
+TRUNCATION_MODES = ("keep_start", "keep_end")
+
 KNOWN_FORMS = "`text`, `messages` or `conversations`, `prompt` with `completion`, or `input_ids`"
 
 
@@ -32,23 +34,28 @@ def prepare(
     text_field: str = "text",
     formatting_func: Callable[[Row], str | list[str]] | None = None,
     max_length: int | None,
+    truncation_mode: str = "keep_start",
     completion_only_loss: bool | None = None,
     assistant_only_loss: bool = False,
+    add_special_tokens: bool = True,
     vocab_size: int | None = None,
     cache: Path | None = None,
 ) -> list[Sample]:
     """Tokenised samples of a dataset, in its order.
 
     Args:
-        rows: a `datasets.Dataset` or `IterableDataset`, a list of dicts or another iterable of them, or files: a path,
-            or several (`jaxtune.data.files.read_dataset` says which formats).
+        rows: a `datasets.Dataset` or `IterableDataset`, a pandas `DataFrame`, a list of dicts or another iterable of
+            them, or files: a path, or several (`jaxtune.data.files.read_dataset` says which formats).
         tokenizer: of transformers; its chat template renders conversations.
         text_field: the column with plain text.
         formatting_func: makes the text (or several) of a row; takes the place of every column but `input_ids`.
-        max_length: longer samples keep their first `max_length` tokens; None keeps all.
+        max_length: longer samples keep `max_length` tokens; None keeps all.
+        truncation_mode: which tokens these are, the first ("keep_start") or the last ("keep_end").
         completion_only_loss: train on the completion only. None: where the data says what that is (a `prompt` with a
             `completion`, or a `completion_mask`).
         assistant_only_loss: train only on what the assistant wrote in conversations.
+        add_special_tokens: whether plain texts are given what the tokenizer begins texts with, and its eos at the end,
+            where they do not have them already. Conversations have what their template writes.
         vocab_size: token ids that the model knows; None takes the tokenizer's.
         cache: a folder to keep the tokens of large datasets in, for the next time; None keeps nothing.
     """
@@ -61,13 +68,23 @@ def prepare(
     if vocab_size is None:
         vocab_size = len(tokenizer)
     reading = Reading(
-        tokenizer, text_field, formatting_func, completion_only_loss, assistant_only_loss, vocab_size
+        tokenizer,
+        text_field,
+        formatting_func,
+        completion_only_loss,
+        assistant_only_loss,
+        add_special_tokens,
+        vocab_size,
     )
     samples, seen = [], _Tally()
     kept = TokenCache(cache, reading) if cache is not None else None
     for encoded in _read(iterate_rows(rows), reading, kept):
-        seen.count(encoded, max_length)
-        sample = Sample(encoded.ids[:max_length], encoded.labels[:max_length])
+        whole = Sample(encoded.ids, encoded.labels)
+        sample = whole
+        if max_length is not None and whole.num_tokens > max_length:
+            kept_tokens = (None, max_length) if truncation_mode == "keep_start" else (-max_length, None)
+            sample = whole.cut(*kept_tokens)
+        seen.count(encoded, whole, sample)
         if sample.num_trained:
             samples.append(sample)
     if kept is not None:
@@ -85,12 +102,14 @@ class _Tally:
     total: int = 0
     empty: int = 0
     cut: int = 0
+    cut_off: int = 0  # of these, those that have nothing left to train on
     moved_borders: list[int] = field(default_factory=list)  # rows
 
-    def count(self, encoded: Encoded, max_length: int | None) -> None:
+    def count(self, encoded: Encoded, whole: Sample, sample: Sample) -> None:
         self.total += 1
-        self.empty += not len(encoded.ids)
-        self.cut += max_length is not None and len(encoded.ids) > max_length
+        self.empty += not whole.num_tokens
+        self.cut += sample is not whole
+        self.cut_off += sample is not whole and bool(whole.num_trained and not sample.num_trained)
         if encoded.border_moved:
             self.moved_borders.append(encoded.row)
 
@@ -99,7 +118,14 @@ class _Tally:
             log.info("%d of %d samples are cut to max_length=%d tokens", self.cut, self.total, max_length)
         if self.empty:
             log.warning("dropped %d of %d samples: they are empty", self.empty, self.total)
-        if untrained := self.total - self.empty - kept:
+        if self.cut_off:
+            log.warning(
+                "dropped %d of %d samples: what max_length=%d leaves of them has no token to train on",
+                self.cut_off,
+                self.total,
+                max_length,
+            )
+        if untrained := self.total - self.empty - self.cut_off - kept:
             log.warning("dropped %d of %d samples: no token in them is trained on", untrained, self.total)
         if self.moved_borders:
             log.warning(
@@ -118,11 +144,13 @@ class _Tally:
                 expected="rows with text.",
                 fix="Check the columns' contents, and what formatting_func returns.",
             )
+        counts = f"{self.empty} are empty"
         fix = "Look at one row: is there an assistant turn or a completion in it, or is every label -100?"
-        if self.cut:
-            fix = f"Raise max_length: the prompts of {self.cut} samples are cut at {max_length} tokens. {fix}"
+        if self.cut_off:
+            counts += f", {self.cut_off} lose all of theirs to max_length={max_length}"
+            fix = "Raise max_length: prompts alone fill it. Or keep the ends of samples: truncation_mode='keep_end'."
         return DatasetError(
-            f"none of the {self.total} samples has a token to train on ({self.empty} are empty).",
+            f"none of the {self.total} samples has a token to train on ({counts}).",
             expected="labels other than -100 after the first token of at least one sample.",
             fix=fix,
         )

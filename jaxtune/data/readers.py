@@ -49,6 +49,7 @@ class Reading:
     formatting_func: Callable[[Row], str | list[str]] | None
     completion_only_loss: bool | None
     assistant_only_loss: bool
+    add_special_tokens: bool
     vocab_size: int
 
 
@@ -90,7 +91,7 @@ def read_text(chunk: Chunk, reading: Reading) -> Iterator[Encoded]:
             new = formatted_texts(row, index, reading.formatting_func)
         texts += new
         rows += [index] * len(new)
-    for text, ids, index in zip(texts, _encode_ended(reading.tokenizer, texts), rows, strict=True):
+    for text, ids, index in zip(texts, _encode_ended(reading, texts), rows, strict=True):
         yield _whole(ids if text.strip() else [], index)
 
 
@@ -100,8 +101,8 @@ def read_prompt_completion(chunk: Chunk, reading: Reading) -> Iterator[Encoded]:
         prompt + text_field(row, index, "completion")
         for prompt, (index, row) in zip(prompts, chunk, strict=True)
     ]
-    prompt_ids = encoding.encode_texts(reading.tokenizer, prompts)
-    text_ids = _encode_ended(reading.tokenizer, texts)
+    prompt_ids = _encode(reading, prompts)
+    text_ids = _encode_ended(reading, texts)
     for text, before, ids, (index, _) in zip(texts, prompt_ids, text_ids, chunk, strict=True):
         if not text.strip():
             yield _whole([], index)
@@ -122,16 +123,23 @@ def read_conversations(chunk: Chunk, reading: Reading) -> Iterator[Encoded]:
         [with_standard_keys(message) for message in messages_field(row, index, "conversations")]
         for index, row in chunk
     ]
-    for (index, _), chat in zip(chunk, chats, strict=True):
-        _require_roles_of_the_template(chat, index, reading.tokenizer)
     yield from _read_chats(chunk, chats, reading)
 
 
-def _require_roles_of_the_template(chat: list[Row], index: int, tokenizer: "Tokenizer") -> None:
-    """Some templates write any role, and would write turns of `human` and `gpt`, which no model has seen."""
-    roles = {"human", "gpt"}.intersection(message.get("role") for message in chat)
+def _require_roles(chat: list[Row], index: int, tokenizer: "Tokenizer") -> None:
+    """Some templates write any role, and would write turns of `5`, or of `human` and `gpt`, which no model has seen."""
+    roles = [role for message in chat if (role := message.get("role")) is not None]
+    if wrong := [role for role in roles if not isinstance(role, str)]:
+        raise bad_row(
+            index,
+            f"has a message whose role is {wrong[0]!r}",
+            "a name, such as `user` or `assistant`",
+            "Correct that row.",
+        )
     if unknown := [
-        role for role in sorted(roles) if not re.search(f"['\"]{role}['\"]", str(tokenizer.chat_template))
+        role
+        for role in ("gpt", "human")
+        if role in roles and not re.search(f"['\"]{role}['\"]", str(tokenizer.chat_template))
     ]:
         raise bad_row(
             index,
@@ -182,6 +190,7 @@ def _encode_chats(
 
 
 def _render(chat: list[Row], row: int, reading: Reading, **options: Any) -> str:
+    _require_roles(chat, row, reading.tokenizer)
     return encoding.render_chat(reading.tokenizer, chat, what=_named(row), **options) if chat else ""
 
 
@@ -198,10 +207,16 @@ def _marked_template(tokenizer: "Tokenizer") -> str:
     return encoding.visibly_marked(template)
 
 
-def _encode_ended(tokenizer: "Tokenizer", texts: Sequence[str]) -> list[list[int]]:
+def _encode(reading: Reading, texts: Sequence[str]) -> list[list[int]]:
+    encode = encoding.encode_texts if reading.add_special_tokens else encoding.encode_verbatim
+    return encode(reading.tokenizer, texts)
+
+
+def _encode_ended(reading: Reading, texts: Sequence[str]) -> list[list[int]]:
     """Texts that end here: with the tokenizer's eos, which a text that ends with it already does not get twice."""
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [ids if ids[-1:] == eos else ids + eos for ids in encoding.encode_texts(tokenizer, texts)]
+    eos = reading.tokenizer.eos_token_id
+    end = [eos] if eos is not None and reading.add_special_tokens else []
+    return [ids if ids[-1:] == end else ids + end for ids in _encode(reading, texts)]
 
 
 def _sample(

@@ -14,10 +14,13 @@ type Row = Mapping[str, Any]
 
 
 def iterate_rows(dataset: Any) -> Iterator[Row]:
-    """The rows of a list of dicts, a `datasets.Dataset` or `IterableDataset`, a generator, anything with `__len__` and
-    `__getitem__`, or of files (`read_dataset`). They are read one after the other, as they are asked for."""
+    """The rows of a list of dicts, a `datasets.Dataset` or `IterableDataset`, a pandas `DataFrame`, a generator,
+    anything with `__len__` and `__getitem__`, or of files (`read_dataset`). They are read one after the other, as they
+    are asked for."""
     if names_files(dataset):
         dataset = read_dataset(dataset)
+    elif hasattr(dataset, "itertuples"):
+        dataset = _rows_of_frame(dataset)
     if isinstance(dataset, bytes | Mapping):
         kind = f"a mapping with the keys {list(dataset)}" if isinstance(dataset, Mapping) else "bytes"
         raise DatasetError(
@@ -114,6 +117,16 @@ def template_options(row: Row, index: int) -> dict[str, Any]:
 
 def bad_row(index: int, found: str, expected: str, fix: str) -> DatasetError:
     return DatasetError(f"row {index} of the dataset {found}.", expected=f"{expected}.", fix=fix)
+
+
+def _rows_of_frame(frame: Any) -> Iterator[Row]:
+    """Of a pandas DataFrame, whose NaN says that a cell holds nothing."""
+    columns = [str(name) for name in frame.columns]
+    for cells in frame.itertuples(index=False, name=None):
+        yield {
+            name: None if isinstance(cell, float) and cell != cell else cell
+            for name, cell in zip(columns, cells, strict=True)
+        }
 
 
 def _only_dicts(rows: Iterator[Any]) -> Iterator[Row]:

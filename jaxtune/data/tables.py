@@ -38,6 +38,9 @@ def column_names(dataset: Any) -> list[str]:
         return list(dataset.column_names or next(iter(dataset), {}))  # a stream may not know them
     if not isinstance(dataset, list | tuple) or not dataset or not isinstance(dataset[0], Mapping):
         found = f"is a {type(dataset).__name__}"
+        fix = 'Pass a split, such as `dataset["train"]`, or `list(...)` of rows that can be iterated over.'
+        if hasattr(dataset, "itertuples"):  # of pandas
+            fix = 'Pass its rows: `dataset.to_dict("records")`.'
         if isinstance(dataset, Mapping):
             found = f"is a mapping with the keys {list(dataset)}"
         elif isinstance(dataset, list | tuple):
@@ -45,7 +48,7 @@ def column_names(dataset: Any) -> list[str]:
         raise DatasetError(
             f"the dataset {found}.",
             expected="one split: a `datasets.Dataset`, or a list of dicts.",
-            fix='Pass a split, such as `dataset["train"]`, or `list(...)` of rows that can be iterated over.',
+            fix=fix,
         )
     return list(dataset[0])
 

@@ -112,6 +112,7 @@ def _settings(reading: Reading) -> bytes | None:
         reading.text_field,
         reading.completion_only_loss,
         reading.assistant_only_loss,
+        reading.add_special_tokens,
         reading.vocab_size,
     ]
     return json.dumps(parts).encode()

@@ -8,7 +8,7 @@ from itertools import islice
 import jax
 
 from jaxtune.data.batches import BatchStream
-from jaxtune.data.sample import Sample
+from jaxtune.data.sample import Item
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.training.loop import Record
 from jaxtune.training.losses import MicroBatch, next_token_loss, trained_tokens
@@ -18,7 +18,7 @@ def evaluate(
     model: CausalLM,
     params: Params,
     lora: Lora | None,
-    samples: Sequence[Sample],
+    samples: Sequence[Item],
     batch_size: int,
     prefix: str = "eval",
 ) -> Record:
@@ -31,13 +31,13 @@ def evaluate(
     return {
         f"{prefix}_loss": float(sum(map(float, losses)) / max(1, sum(map(int, tokens)))),
         f"{prefix}_runtime": runtime,
-        f"{prefix}_samples_per_second": len(samples) / runtime,
+        f"{prefix}_samples_per_second": sum(len(item.parts) for item in samples) / runtime,
         f"{prefix}_steps_per_second": stream.steps_per_epoch / runtime,
     }
 
 
 def evaluate_all(
-    model: CausalLM, params: Params, lora: Lora | None, sets: Mapping[str, Sequence[Sample]], batch_size: int
+    model: CausalLM, params: Params, lora: Lora | None, sets: Mapping[str, Sequence[Item]], batch_size: int
 ) -> Record:
     """The metrics of several sets, by their prefixes."""
     metrics: Record = {}

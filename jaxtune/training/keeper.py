@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune.data.batches import BatchStream
-from jaxtune.data.sample import Sample
+from jaxtune.data.sample import Item
 from jaxtune.errors import CheckpointError
 from jaxtune.log import get_logger
 from jaxtune.models.causal_lm import Lora, Params
@@ -24,7 +24,7 @@ from jaxtune.training.step import TrainState
 
 log = get_logger(__name__)
 
-EvalSets = Mapping[str, Sequence[Sample]]
+EvalSets = Mapping[str, Sequence[Item]]
 """By the prefix of their metrics: "eval", or "eval_<name>" for each of several."""
 
 _RESTORED = (
@@ -33,7 +33,8 @@ _RESTORED = (
 _FREE = frozenset((
     "output_dir", "num_train_epochs", "logging_steps", "gradient_checkpointing", "cache_tokens", "eval_strategy",
     "eval_steps", "eval_on_start", "per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit",
-    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "resume_from_checkpoint",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "resume_from_checkpoint", "eval_packing",
+    "pad_token",
 ))  # fmt: skip
 """Settings that a resumed run may have otherwise, and go on as before."""
 
@@ -86,7 +87,8 @@ class Keeper:
             raise CheckpointError(
                 f"{path} is of a run over other samples, or with other tokens trained on.",
                 expected="the dataset, its preparation and the masks of the run that is resumed.",
-                fix="Restore them, train_on_responses_only among them; or begin anew from the adapter in that folder.",
+                fix="Restore them, train_on_responses_only and packing among them; or begin anew from the adapter in "
+                "that folder.",
             )
         log.info("resuming from %s, after %d of %d steps", path, run.global_step, run.max_steps)
         return read_state(path, state)

@@ -2,38 +2,43 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtune.data.batches import BatchStream, StepInfo
+from jaxtune.data.batches import BatchStream, StepInfo, epoch_order
 from jaxtune.data.formats import prepare
+from jaxtune.data.packing import pack
 from jaxtune.data.preview import preview
-from jaxtune.data.sample import Sample
+from jaxtune.data.sample import Item, Sample
+from jaxtune.data.sample_rows import SampleRows
 from jaxtune.data.token_cache import default_folder
 from jaxtune.errors import OptionError
 from jaxtune.log import get_logger, show
 from jaxtune.models.layer_loop import Remat
 from jaxtune.options import ANY, mirrors
 from jaxtune.training.evaluation import evaluate_all
-from jaxtune.training.keeper import Keeper
+from jaxtune.training.keeper import EvalSets, Keeper
 from jaxtune.training.loop import Record
 from jaxtune.training.losses import WatchedLoss, next_token_loss, unwatched
 from jaxtune.training.sft_config import SFTConfig
+from jaxtune.training.tokenizer_options import change_tokenizer
 from jaxtune.training.trainer import Trainable, Trainer, TrainOutput
 
 log = get_logger(__name__)
 
 _WITHOUT_EFFECT = {
     "peft_config": None,
-    "packing": False,
     "dataset_num_proc": ANY,
 }
-
 
 _PADDING_COLLATORS = (
     "DataCollatorForSeq2Seq", "DataCollatorWithPadding", "DataCollatorForLanguageModeling", "default_data_collator",
 )  # fmt: skip
+
+
+BEFORE_ALL = 2**63
+"""The number of the epoch whose order shuffle_dataset takes."""
 
 
 @mirrors(_WITHOUT_EFFECT)
@@ -41,8 +46,8 @@ class SFTTrainer(Trainer):
     """Tokenises the dataset when it is made; `train()` runs it and leaves the trained adapter in `model.lora`, or with
     full fine-tuning the trained weights in `model.params`.
 
-    `samples` is what will be trained on, and may be changed before `train()` (`train_on_responses_only` does);
-    `log_history` is every logged step's numbers."""
+    `samples` is what will be trained on, and may be changed before `train()` (`train_on_responses_only` does), which
+    packs them if that is asked for. `log_history` is every logged step's numbers."""
 
     config_type = SFTConfig
     args: SFTConfig
@@ -61,10 +66,17 @@ class SFTTrainer(Trainer):
         callbacks: Any = None,
         dataset_text_field: str | None = None,
         max_seq_length: int | None = None,
+        packing: bool | None = None,
+        dataset_kwargs: dict[str, Any] | None = None,
     ):
-        """The last two are SFTConfig's, which older scripts give here."""
+        """The last four are SFTConfig's, which older scripts give here."""
         _require_padding_only(data_collator)
-        older = {"dataset_text_field": dataset_text_field, "max_length": max_seq_length}
+        older = {
+            "dataset_text_field": dataset_text_field,
+            "max_length": max_seq_length,
+            "packing": packing,
+            "dataset_kwargs": dataset_kwargs,
+        }
         given: dict[str, Any] = {name: value for name, value in older.items() if value is not None}
         if given:
             args = dataclasses.replace(args or SFTConfig(), **given)
@@ -76,18 +88,24 @@ class SFTTrainer(Trainer):
             tokenizer=tokenizer,
             callbacks=callbacks,
         )
-        self._prepare = functools.partial(
+        args = self.args
+        change_tokenizer(self.processing_class, args.eos_token, args.pad_token, args.chat_template_path)
+        self._max_length = args.max_length or model.max_seq_length
+        self._read = functools.partial(
             prepare,
             tokenizer=self.processing_class,
-            text_field=self.args.dataset_text_field,
+            text_field=args.dataset_text_field,
             formatting_func=formatting_func,
-            max_length=self.args.max_length or model.max_seq_length,
-            completion_only_loss=self.args.completion_only_loss,
-            assistant_only_loss=self.args.assistant_only_loss,
+            truncation_mode=args.truncation_mode,
+            completion_only_loss=args.completion_only_loss,
+            assistant_only_loss=args.assistant_only_loss,
+            add_special_tokens=(args.dataset_kwargs or {}).get("add_special_tokens", True),
             vocab_size=model.causal_lm.config.vocab_size,
-            cache=default_folder() if self.args.cache_tokens else None,
+            cache=default_folder() if args.cache_tokens else None,
         )
-        self.samples: list[Sample] = self._prepare(train_dataset)
+        self.masks: list[Callable[[Sequence[Sample]], list[Sample]]] = []
+        """What `train_on_responses_only` did to the samples, for datasets that are given to `evaluate` later."""
+        self.samples: list[Sample] = self._prepare(train_dataset, args.packing)
         self.eval_samples: list[Sample] | dict[str, list[Sample]] | None = self._prepare_eval(eval_dataset)
         if self.eval_samples is None and self.args.eval_strategy != "no":
             raise OptionError(
@@ -105,7 +123,7 @@ class SFTTrainer(Trainer):
             self.model,
             self.processing_class,
             stream,
-            _by_prefix(self.eval_samples, "eval"),
+            self._eval_sets(self.eval_samples, "eval"),
             resume_from_checkpoint,
         )
         total_steps = self.args.total_steps(stream.steps_per_epoch)
@@ -113,7 +131,8 @@ class SFTTrainer(Trainer):
         return self._train(self._loss_at, lambda newest: with_facts, total_steps, keeper, draws_noise=noisy)
 
     def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> Record:
-        """The loss of a dataset, by default of the trainer's own, with the model as it is now."""
+        """The loss of a dataset, by default of the trainer's own, with the model as it is now. What
+        `train_on_responses_only` took out of the trainer's own samples does not count in others either."""
         samples = self.eval_samples if eval_dataset is None else self._prepare_eval(eval_dataset)
         if samples is None:
             raise OptionError(
@@ -121,13 +140,56 @@ class SFTTrainer(Trainer):
                 expected="a dataset.",
                 fix="Pass one: trainer.evaluate(dataset).",
             )
-        sets, batch_size = _by_prefix(samples, metric_key_prefix), self.args.per_device_eval_batch_size
+        sets = self._eval_sets(samples, metric_key_prefix)
+        batch_size = self.args.per_device_eval_batch_size
         return evaluate_all(self.model.causal_lm, self.model.params, self.model.lora, sets, batch_size)
 
+    @property
+    def train_dataset(self) -> SampleRows:
+        """What will be trained on, as rows of `input_ids` and `labels`; not packed."""
+        return SampleRows(self.samples)
+
+    @property
+    def eval_dataset(self) -> SampleRows | dict[str, SampleRows] | None:
+        samples = self.eval_samples
+        if isinstance(samples, dict):
+            return {name: SampleRows(each) for name, each in samples.items()}
+        return None if samples is None else SampleRows(samples)
+
+    def _prepare(self, dataset: Any, packs: bool) -> list[Sample]:
+        cuts = self.args.cuts_before_packing(packs)
+        samples = self._read(dataset, max_length=self._max_length if cuts else None)
+        if self.args.shuffle_dataset:
+            samples = [samples[n] for n in epoch_order(len(samples), self.args.seed, BEFORE_ALL).tolist()]
+        for mask in self.masks:
+            samples = mask(samples)
+        return samples
+
     def _prepare_eval(self, dataset: Any) -> list[Sample] | dict[str, list[Sample]] | None:
+        packs = self.args.packs_evaluations
         if isinstance(dataset, Mapping):
-            return {name: self._prepare(each) for name, each in dataset.items()}
-        return None if dataset is None else self._prepare(dataset)
+            return {name: self._prepare(each, packs) for name, each in dataset.items()}
+        return None if dataset is None else self._prepare(dataset, packs)
+
+    def _items(self, samples: Sequence[Sample], packs: bool) -> Sequence[Item]:
+        """What the size of a batch counts: samples, or the rows that they are packed in."""
+        if not packs:
+            return samples
+        rows = pack(samples, self._max_length, self.args.packing_strategy)
+        log.info(
+            "%d samples lie in %d packed rows of at most %d tokens", len(samples), len(rows), self._max_length
+        )
+        return rows
+
+    def _eval_sets(self, samples: Any, prefix: str) -> EvalSets:
+        """By what the metrics of each dataset begin with, as transformers has it."""
+        if samples is None:
+            return {}
+        named = (
+            {f"{prefix}_{name}": each for name, each in samples.items()} if isinstance(samples, dict) else {}
+        )
+        packs = self.args.packs_evaluations
+        return {name: self._items(each, packs) for name, each in (named or {prefix: samples}).items()}
 
     def preview(self, index: int = 0) -> None:
         """Prints a sample as it will be trained on: its tokens, and which of them the loss counts."""
@@ -153,11 +215,14 @@ class SFTTrainer(Trainer):
 
     def batches(self) -> BatchStream:
         """The batches of a run, from its beginning: deterministic in the seed."""
+        args = self.args
         return BatchStream(
-            self.samples,
-            batch_size=self.args.per_device_train_batch_size,
-            accumulation=self.args.gradient_accumulation_steps,
-            seed=self.args.seed,
+            self._items(self.samples, args.packing),
+            batch_size=args.per_device_train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            seed=args.order_seed,
+            shuffle=args.train_sampling_strategy != "sequential",
+            drop_last=args.dataloader_drop_last,
         )
 
 
@@ -175,17 +240,6 @@ def _require_padding_only(collator: Any) -> None:
         )
     show()
     log.info("SFTTrainer: data_collator=%s has no effect in jaxtune: samples lie end to end.", name)
-
-
-def _by_prefix(samples: Any, prefix: str) -> dict[str, list[Sample]]:
-    """What metrics of each dataset begin with, as transformers has it."""
-    if samples is None:
-        return {}
-    return (
-        {f"{prefix}_{name}": each for name, each in samples.items()}
-        if isinstance(samples, dict)
-        else {prefix: samples}
-    )
 
 
 def _facts(info: StepInfo) -> dict[str, Any]:

@@ -207,7 +207,7 @@ class TestTraining:
         eval_samples = None
 
         def __init__(self, samples, tokenizer):
-            self.samples, self.processing_class = samples, tokenizer
+            self.samples, self.processing_class, self.masks = samples, tokenizer, []
 
     @pytest.mark.parametrize("name", ["llama", "chatml", "plain", "alpaca"])
     def test_responses_only(self, name):

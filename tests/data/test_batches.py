@@ -222,6 +222,17 @@ class TestStream:
             assert info == info_again
             assert all((batch[name] == again[name]).all() for name in batch)
 
+    def test_a_stream_that_drops_the_last_goes_on_from_one_that_did_not(self):
+        """Where the other was in what this one leaves out, the epoch is over."""
+        samples = ragged(11)
+        stream = BatchStream(samples, batch_size=5)
+        for _ in range(2):
+            next(stream)
+        resumed = BatchStream(samples, batch_size=5, drop_last=True)
+        assert resumed.steps_per_epoch == 2
+        resumed.restore(stream.state())
+        assert next(resumed)[1].epoch == 1.5
+
     @pytest.mark.parametrize(("change", "said"), [({"seed": 6}, "seed=5"), ({"count": 10}, "num_samples=11")])
     def test_a_position_in_other_data_is_refused(self, change, said):
         state = BatchStream(ragged(11), batch_size=2, seed=5).state()

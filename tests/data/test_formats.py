@@ -5,6 +5,7 @@ from itertools import count
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 
 from jaxtune.data.formats import prepare
@@ -54,6 +55,12 @@ class TestText:
     def test_is_trained_on_whole_and_ends_with_eos(self, tokenizer):
         sample = one([{"text": "hello"}], tokenizer)
         assert text_of(tokenizer, sample) == trained_text(tokenizer, sample) == "hello</s>"
+
+    def test_stays_as_it_is_if_that_is_asked_for(self, llama):
+        assert text_of(llama, one([{"text": "hello"}], llama)) == "<|begin_of_text|>hello<|eot_id|>"
+        assert text_of(llama, one([{"text": "hello"}], llama, add_special_tokens=False)) == "hello"
+        pair = one([{"prompt": "a", "completion": "b"}], llama, add_special_tokens=False)
+        assert text_of(llama, pair) == "ab" and trained_text(llama, pair) == "b"
 
     def test_does_not_get_eos_twice(self, tokenizer):
         assert text_of(tokenizer, one([{"text": "hello</s>"}], tokenizer)) == "hello</s>"
@@ -257,6 +264,15 @@ class TestDatasets:
                 "text 2</s>",
             ]
 
+    def test_a_pandas_data_frame(self, tokenizer, chatml):
+        frame = pandas.DataFrame({"text": ["a", "b"], "n": [1.0, float("nan")]}, index=[7, 7])
+        samples = prepare(frame, tokenizer, max_length=99)
+        assert [text_of(tokenizer, sample) for sample in samples] == ["a</s>", "b</s>"]
+        chats = pandas.DataFrame({"messages": [CHAT, CHAT], "tools": [float("nan"), None]})
+        assert text_of(chatml, prepare(chats, chatml, max_length=99)[0]) == CHAT_TEXT
+        with pytest.raises(DatasetError, match="row 1 of the dataset has nothing"):
+            prepare(pandas.DataFrame({"text": ["a", None]}), tokenizer, max_length=99)
+
     def test_a_list_of_texts_is_no_list_of_files(self, tokenizer):
         with pytest.raises(DatasetError, match=r"row 0 of the dataset is a str"):
             prepare(["a text", "another"], tokenizer, max_length=99)
@@ -314,6 +330,20 @@ class TestConversations:
         sample = one([row], get_chat_template(chatml, "chatml", mapping))
         assert text_of(chatml, sample) == CHAT_TEXT[: CHAT_TEXT.index("<|im_start|>user\nand")]
 
+    def test_so_they_are_in_messages(self, chatml):
+        chat = [{"role": "human", "content": "2+2?"}, {"role": "gpt", "content": "4"}]
+        with pytest.raises(DatasetError, match="row 0 of the dataset has messages from 'gpt' and 'human'"):
+            prepare([{"messages": chat}], chatml, max_length=99)
+
+    @pytest.mark.parametrize(
+        "row",
+        [{"messages": [{"role": 5, "content": "a"}]}, {"conversations": [{"from": ["user"], "value": "a"}]}],
+    )
+    def test_a_role_is_a_name(self, chatml, row):
+        """A template would write whatever it is."""
+        with pytest.raises(DatasetError, match="row 0 of the dataset has a message whose role is"):
+            prepare([row], chatml, max_length=99)
+
     def test_a_text_that_was_made_of_them_comes_first(self, chatml):
         assert text_of(chatml, one([{"conversations": CHAT, "text": "a"}], chatml)) == "a<|im_end|>"
 
@@ -338,12 +368,26 @@ class TestLength:
     def test_a_sample_whose_completion_is_cut_off_is_dropped_and_said(self, tokenizer, caplog):
         rows = [{"prompt": "long prompt", "completion": "x"}, {"prompt": "p", "completion": "x"}]
         assert len(prepare(rows, tokenizer, max_length=5)) == 1
-        assert caplog.messages == ["dropped 1 of 2 samples: no token in them is trained on"]
+        assert caplog.messages == [
+            "dropped 1 of 2 samples: what max_length=5 leaves of them has no token to train on"
+        ]
 
     def test_if_that_is_every_sample_it_is_an_error(self, tokenizer):
         with pytest.raises(DatasetError, match="none of the 1 samples has a token to train on") as error:
             prepare([{"prompt": "long prompt", "completion": "x"}], tokenizer, max_length=5)
+        assert "1 lose all of theirs to max_length=5" in error.value.found
         assert "Raise max_length" in error.value.fix
+
+    def test_or_the_end_with_its_labels(self, tokenizer, llama, caplog):
+        caplog.set_level("INFO", "jaxtune")
+        rows = [{"prompt": "long prompt", "completion": "x"}, {"prompt": "p", "completion": "long one"}]
+        samples = prepare(rows, tokenizer, max_length=5, truncation_mode="keep_end")
+        assert [text_of(tokenizer, sample) for sample in samples] == ["mptx</s>", " one</s>"]
+        assert [trained_text(tokenizer, sample) for sample in samples] == ["x</s>", " one</s>"]
+        assert caplog.messages == ["2 of 2 samples are cut to max_length=5 tokens"]
+        assert text_of(llama, one([{"text": "abcdef"}], llama, max_length=3, truncation_mode="keep_end")) == (
+            "ef<|eot_id|>"
+        ), "of bos too, only the end is kept"
 
     def test_a_length_of_one_leaves_nothing_to_predict(self, tokenizer):
         with pytest.raises(OptionError, match="max_length is 1"):

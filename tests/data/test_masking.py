@@ -173,7 +173,7 @@ class TestParts:
 
 def trainer_on(rows, tokenizer, eval_rows=None) -> SimpleNamespace:
     samples, eval_samples = (rows and prepare(rows, tokenizer, max_length=None) for rows in (rows, eval_rows))
-    return SimpleNamespace(samples=samples, eval_samples=eval_samples, processing_class=tokenizer)
+    return SimpleNamespace(samples=samples, eval_samples=eval_samples, masks=[], processing_class=tokenizer)
 
 
 class TestTrainer:

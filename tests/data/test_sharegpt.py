@@ -1,6 +1,7 @@
 """`standardize_sharegpt`: conversations under whatever names become messages that chat templates can render."""
 
 import datasets
+import pandas
 import pytest
 
 from jaxtune import standardize_data_formats, standardize_sharegpt
@@ -100,6 +101,9 @@ def test_what_is_not_one_split():
     ]:
         with pytest.raises(DatasetError, match=found):
             standardize_sharegpt(dataset)
+    with pytest.raises(DatasetError, match="is a DataFrame") as error:
+        standardize_sharegpt(pandas.DataFrame([ROW]))
+    assert 'to_dict("records")' in error.value.fix
 
 
 def test_aliases_that_contradict_one_another():

@@ -7,6 +7,7 @@ import pytest
 
 from jaxtune.data.batches import lay_out
 from jaxtune.data.layout import Shape
+from jaxtune.data.packing import pack
 from jaxtune.data.sample import Sample
 from jaxtune.training.evaluation import evaluate
 from jaxtune.training.losses import next_token_loss, unwatched
@@ -25,6 +26,7 @@ SHAPES = {
     "packed in two micro-batches": Shape(2, 1, 64),
     "empty rows": Shape(4, 4, 64),
 }
+PACKED = {"one": (100, Shape(1, 1, 128)), "of two": (60, Shape(1, 2, 64)), "of three": (40, Shape(3, 1, 64))}
 
 
 def samples():
@@ -47,7 +49,7 @@ def of_shape(case):
     function = jax.jit(
         lambda batch: value_and_grad(unwatched(next_token_loss(model)), lora, params, batch)[:2]
     )
-    return lambda shape: function(lay_out(list(samples()), shape))
+    return lambda shape, items=None: function(lay_out(items or list(samples()), shape))
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +64,19 @@ def test_a_step(of_shape, expected, name):
     assert_trees_close(gradient, expected[1], 1e-5)
 
 
+@pytest.mark.parametrize("name", PACKED)
+def test_a_step_of_packed_rows(of_shape, expected, name):
+    max_length, shape = PACKED[name]
+    rows = pack(list(samples()), max_length, "bfd")
+    assert len(rows) == shape.all_rows
+    loss, gradient = of_shape(shape, rows)
+    assert_close(loss, expected[0], 1e-6)
+    assert_trees_close(gradient, expected[1], 1e-5)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_an_evaluation(case, expected, batch_size):
     model, params, lora = case
-    found = evaluate(model, params, lora, list(samples()), batch_size)["eval_loss"]
-    assert_close(np.float32(found), expected[0], 1e-6)
+    for items in (list(samples()), pack(list(samples()), 40, "bfd")):
+        found = evaluate(model, params, lora, items, batch_size)["eval_loss"]
+        assert_close(np.float32(found), expected[0], 1e-6)

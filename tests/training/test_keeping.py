@@ -203,6 +203,14 @@ class TestCheckpoints:
         assert numbers(again.log_history) == numbers(whole.log_history)
         assert_trees_equal(again.model.params, whole.model.params)
 
+    def test_packed_rows_too(self, model, tmp_path):
+        settings = dict(packing=True, max_length=45, per_device_train_batch_size=1, save_steps=3)
+        whole = trained(model, tmp_path / "run", **settings)
+        again = trained(model, tmp_path / "run", tmp_path / "run" / "checkpoint-3", **settings)
+        assert numbers(again.log_history) == numbers(whole.log_history)
+        assert_trees_equal(again.model.lora, whole.model.lora)
+        assert whole.log_history[0]["packing_efficiency"] == 80 / 128
+
     def test_the_newest_is_the_one_saved_last(self, model, tmp_path):
         """Not the one with the highest number, which may be of an earlier run."""
         trained(model, tmp_path / "run")
@@ -281,6 +289,11 @@ class TestWhatCannotBeResumed:
         trainer.samples = trainer.samples[:5]
         with pytest.raises(Exception, match="num_samples=8, and now it is 5"):
             trainer.train(undisturbed[1] / "checkpoint-2")
+
+    def test_the_same_samples_packed(self, model, undisturbed):
+        with pytest.raises(Exception, match="num_samples=8, and now it is 4") as caught:
+            trained(model, None, undisturbed[1] / "checkpoint-2", packing=True, max_length=45)
+        assert "packing" in caught.value.expected
 
     def test_other_samples(self, model, undisturbed):
         trainer = trainer_of(model)
