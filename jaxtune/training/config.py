@@ -83,6 +83,11 @@ class TrainingConfig:
     """What AdamW adds to its denominator."""
     max_grad_norm: float | None = 1.0
     """Gradients are shrunk to this global norm; None or 0 leaves them alone."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in the host's memory: a step fetches and returns it over the bus."""
+    skip_nonfinite_steps: int = 0
+    """So many steps in a row may have a loss or a gradient that is not finite: they change nothing. One more ends the
+    run."""
     gradient_checkpointing: bool | str | None = None
     """True, False, "unsloth" or a level of training.remat; None takes what the model was loaded with."""
     logging_steps: int = 1
@@ -109,13 +114,18 @@ class TrainingConfig:
         self.require_one_of(tuple(SCHEDULES), "lr_scheduler_type")
         self._require_schedule()
         self.require_one_of((*OPTIMIZERS, *PAGED), "optim")
+        self.require_switches("offload_optimizer")
+        skips = self.skip_nonfinite_steps
+        is_number = _is_whole(skips) and skips >= 0
+        self.require(is_number, "skip_nonfinite_steps", "a whole number of steps in a row; 0 skips none")
         if self.optim == "schedule_free_adamw":
             self.require(self.adam_beta1 > 0, "adam_beta1", "more than 0 for schedule_free_adamw")
         if self.optim in PAGED:
             show()
             log.info(
-                "%s: optim=%r is %s: nothing is paged.", type(self).__name__, self.optim, PAGED[self.optim]
-            )
+                "%s: optim=%r is %s: nothing is paged; offload_optimizer=True keeps its state on the host.",
+                type(self).__name__, self.optim, PAGED[self.optim],
+            )  # fmt: skip
         self.require(_is_whole(self.seed) and self.seed >= 0, "seed", "a whole number of at least 0")
         self.require(isinstance(self.output_dir, str | Path | None), "output_dir", "a path, or None")
         if self.gradient_checkpointing is not None:

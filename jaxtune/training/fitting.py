@@ -64,8 +64,15 @@ def needed_by(program: jax.stages.Compiled) -> Size:
     """Beside its arguments."""
     of: Any = program.memory_analysis()
     return Size(
-        of.temp_size_in_bytes + of.output_size_in_bytes - of.alias_size_in_bytes, of.host_temp_size_in_bytes
+        of.temp_size_in_bytes + of.output_size_in_bytes - of.alias_size_in_bytes,
+        of.host_temp_size_in_bytes + of.host_output_size_in_bytes - of.host_alias_size_in_bytes,
     )
+
+
+def _left_to_pin(*args: Any) -> int:
+    """Bytes, beside what of a step's arguments is on the host."""
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(args) if device_memory.is_on_host(leaf))
+    return int((1 - SLACK) * device_memory.pinned_limit()) - held
 
 
 def kept_by(loss: WatchedLoss, trained: Tree, frozen: Tree, batch: MicroBatch) -> int:
@@ -129,6 +136,8 @@ class FittingStep:
 
     def _fitting(self, state: TrainState, frozen: Tree, batch: MicroBatch) -> tuple[str, jax.stages.Compiled]:
         room = self._room()
+        if room is not None:
+            room = room._replace(host=min(room.host, _left_to_pin(state, frozen)))
         levels, smaller = candidates(self._asked, memory_is_known=room is not None)
 
         @functools.cache
@@ -186,8 +195,7 @@ def _which_limit_fits(size: Size, room: Size) -> str | None:
     """If the host has the memory, and XLA would not pin it."""
     if size.device > room.device or not room.host < size.host <= device_memory.free_of_host():
         return None
-    limit = math.ceil(size.host / (1 - SLACK) / 2**30)
-    return f"Start Python with {device_memory.PINNED_LIMIT}={limit} in its environment: the host has that much memory."
+    return device_memory.raise_limit(int(size.host / (1 - SLACK)))
 
 
 def _batches_divided_by(k: int) -> str:

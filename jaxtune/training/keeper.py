@@ -34,6 +34,7 @@ _FREE = frozenset((
     "output_dir", "num_train_epochs", "logging_steps", "gradient_checkpointing", "cache_tokens", "eval_strategy",
     "eval_steps", "eval_on_start", "per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit",
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "resume_from_checkpoint",
+    "offload_optimizer", "skip_nonfinite_steps",
 ))  # fmt: skip
 """Settings that a resumed run may have otherwise, and go on as before."""
 

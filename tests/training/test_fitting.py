@@ -88,6 +88,7 @@ class MadeUp:
         return types.SimpleNamespace(
             temp_size_in_bytes=self.size.device, host_temp_size_in_bytes=self.size.host,
             output_size_in_bytes=GB, alias_size_in_bytes=GB,
+            host_output_size_in_bytes=GB, host_alias_size_in_bytes=GB,
         )  # fmt: skip
 
     def __call__(self, *arguments):
