@@ -8,37 +8,11 @@ from typing import Any
 
 from jaxtune.errors import OptionError, nearest
 from jaxtune.log import get_logger, show
-from jaxtune.options import ANY, NOT_YET
 from jaxtune.training.optimizers import OPTIMIZERS, PAGED
 from jaxtune.training.remat import level
 from jaxtune.training.schedules import SCHEDULES, what_is_wrong
 
 log = get_logger(__name__)
-
-WITHOUT_EFFECT = {
-    "bf16": ANY,
-    "fp16": ANY,
-    "dataloader_num_workers": ANY,
-    "dataloader_pin_memory": ANY,
-    "report_to": ("none", [], None),
-    "eval_strategy": "no",
-    "save_strategy": "no",
-    "push_to_hub": False,
-    "group_by_length": False,
-    "gradient_checkpointing_kwargs": ANY,
-    "use_liger_kernel": ANY,
-    "disable_tqdm": ANY,
-    "run_name": ANY,
-    "logging_first_step": ANY,
-    "logging_strategy": "steps",
-    "save_steps": NOT_YET,
-    "save_total_limit": NOT_YET,
-    "eval_steps": NOT_YET,
-    "per_device_eval_batch_size": ANY,
-    "eval_accumulation_steps": ANY,
-    "load_best_model_at_end": False,
-}
-"""Names that a TRL or Unsloth script may pass although they mean nothing here, or only with the value given."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,8 +44,9 @@ class TrainingConfig:
     """The part of all steps over which it rises, rounded up."""
     optim: str = "adamw_8bit"
     """AdamW: adamw_8bit keeps its moments in 8 bits (also adamw_bnb_8bit and paged_adamw_8bit), adamw_torch in float32
-    (also adamw_torch_fused, adamw and paged_adamw_32bit). Lion: lion_8bit, lion_32bit and both with paged_. Others:
-    adafactor, muon (AdamW for what is no matrix of a layer), rmsprop, schedule_free_adamw and sgd."""
+    (also adamw, adamw_hf, adamw_torch_fused, adamw_apex_fused and paged_adamw_32bit). Lion: lion_8bit, lion_32bit and
+    both with paged_. Others: adafactor, muon (AdamW for what is no matrix of a layer), rmsprop, schedule_free_adamw
+    and sgd."""
     weight_decay: float = 0.001
     """Weight decay: of the gradient for sgd and rmsprop, decoupled for all others."""
     adam_beta1: float = 0.9

@@ -3,9 +3,9 @@
 import dataclasses
 
 from jaxtune.options import ANY, mirrors
-from jaxtune.training.config import WITHOUT_EFFECT
 from jaxtune.training.keeping_config import KeepingConfig
 from jaxtune.training.losses import LOSS_TYPES
+from jaxtune.training.without_effect import WITHOUT_EFFECT
 
 _WITHOUT_EFFECT = {
     **WITHOUT_EFFECT,
@@ -13,10 +13,27 @@ _WITHOUT_EFFECT = {
     "remove_unused_columns": ANY,
     "padding_free": ANY,
     "packing": False,
+    "packing_strategy": ANY,
+    "eval_packing": (None, False),
+    "dataset_batch_size": ANY,
+    "dataset_kwargs": (None, {}),
+    "chat_template_path": None,
+    "eos_token": None,
+    "pad_token": None,
+    "truncation_mode": "keep_start",
+    "shuffle_dataset": ANY,
+    "activation_offloading": False,
 }
 
 
-@mirrors(_WITHOUT_EFFECT, aliases={"max_seq_length": "max_length", "evaluation_strategy": "eval_strategy"})
+_ALIASES = {
+    "max_seq_length": "max_length",
+    "evaluation_strategy": "eval_strategy",
+    "activation_checkpointing": "gradient_checkpointing",
+}
+
+
+@mirrors(_WITHOUT_EFFECT, aliases=_ALIASES)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTConfig(KeepingConfig):
     max_length: int | None = None

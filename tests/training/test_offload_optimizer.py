@@ -47,7 +47,7 @@ def after_steps(optimizer, steps=3):
     return weights, state
 
 
-ALIASES = ("adamw_bnb_8bit", "adamw", "adamw_torch_fused")
+ALIASES = ("adamw_bnb_8bit", "adamw", "adamw_torch_fused", "adamw_apex_fused", "adamw_hf")
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in ALIASES])

@@ -24,7 +24,9 @@ class Kind(NamedTuple):
 
 OPTIMIZERS = {
     **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), Kind("adamw", 8)),
-    **dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused"), Kind("adamw")),
+    **dict.fromkeys(
+        ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "adamw_hf"), Kind("adamw")
+    ),
     "lion_8bit": Kind("lion", 8),
     "lion_32bit": Kind("lion"),
     **{name: Kind(name) for name in ("adafactor", "muon", "rmsprop", "schedule_free_adamw", "sgd")},
