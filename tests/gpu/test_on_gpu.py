@@ -115,4 +115,6 @@ def test_an_offloaded_optimizer_takes_the_same_steps_and_less_of_the_device():
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
     assert all(map(device_memory.is_on_host, moments))
     assert_trees_close(*trained, 1e-2)  # rounded by chance, where the last bit of a step decides
-    assert taken[0] - taken[1] > sum(leaf.nbytes for leaf in moments) / 4, "of three large leaves, two are there"
+    assert taken[0] - taken[1] > sum(leaf.nbytes for leaf in moments) / 4, (
+        "of three large leaves, two are there"
+    )
