@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxtune.errors import OptionError, nearest
 from jaxtune.log import get_logger, show
-from jaxtune.training.optimizers import OPTIMIZERS, PAGED
+from jaxtune.training.optimizers import OPTIMIZERS, PAGED, arguments
 from jaxtune.training.remat import level
 from jaxtune.training.schedules import SCHEDULES, what_is_wrong
 
@@ -47,6 +47,9 @@ class TrainingConfig:
     (also adamw, adamw_hf, adamw_torch_fused, adamw_apex_fused and paged_adamw_32bit). Lion: lion_8bit, lion_32bit and
     both with paged_. Others: adafactor, muon (AdamW for what is no matrix of a layer), rmsprop, schedule_free_adamw
     and sgd."""
+    optim_args: str | None = None
+    """What only one optimizer has, by torch's names: "momentum=0.9, nesterov=True" for sgd; alpha, eps, momentum and
+    centered for rmsprop."""
     weight_decay: float = 0.001
     """Weight decay: of the gradient for sgd and rmsprop, decoupled for all others."""
     adam_beta1: float = 0.9
@@ -95,6 +98,7 @@ class TrainingConfig:
         self.require(is_number, "skip_nonfinite_steps", "a whole number of steps in a row; 0 skips none")
         if self.optim == "schedule_free_adamw":
             self.require(self.adam_beta1 > 0, "adam_beta1", "more than 0 for schedule_free_adamw")
+        self._require_optim_args()
         if self.optim in PAGED:
             show()
             log.info(
@@ -105,6 +109,14 @@ class TrainingConfig:
         self.require(isinstance(self.output_dir, str | Path | None), "output_dir", "a path, or None")
         if self.gradient_checkpointing is not None:
             level(self.gradient_checkpointing)
+
+    def _require_optim_args(self) -> None:
+        name = "optim_args"
+        self.require(isinstance(self.optim_args, str | None), name, "text such as 'momentum=0.9', or None")
+        try:
+            arguments(self.optim, self.optim_args)
+        except ValueError as wrong:
+            self.require(False, name, *wrong.args)
 
     def _require_schedule(self) -> None:
         settings, name = self.lr_scheduler_kwargs, "lr_scheduler_kwargs"

@@ -292,6 +292,7 @@ def optimizer_of(args: TrainingConfig, total_steps: int) -> tuple[optax.Gradient
         epsilon=args.adam_epsilon,
         weight_decay=args.weight_decay,
         warmup_steps=warmup_steps,
+        optim_args=args.optim_args,
         rates=own_rates(embedding, args.loraplus_lr_ratio),
     )
     if args.skip_nonfinite_steps:

@@ -66,7 +66,6 @@ WITHOUT_EFFECT = {
     "label_names": (None, ["labels"]),
     "train_sampling_strategy": "random",
     # Other optimizers, devices and debuggers.
-    "optim_args": (None, ""),
     "optim_target_modules": None,
     "use_cpu": False,
     "no_cuda": False,

@@ -64,7 +64,6 @@ def test_older_names_are_accepted(name):
     [
         ("deepspeed", "zero3.json"),
         ("fsdp", "full_shard"),
-        ("optim_args", "betas=(0.9, 0.99)"),
         ("dataloader_drop_last", True),
         ("data_seed", 7),
         ("push_to_hub", True),
