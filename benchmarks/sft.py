@@ -5,6 +5,8 @@ tokens per second, peak memory, model FLOP/s utilisation, time to the first step
     python benchmarks/sft.py --rows 2x2048x4:block        # batch x length x accumulation : level of training.remat
     python benchmarks/sft.py --rows 1x16384x1~512:auto    # rows packed with samples of about 512 tokens
     python benchmarks/sft.py --rows 2x2048x4:auto+embedding      # with offload_embedding=True
+    python benchmarks/sft.py --shape llama-3.2-1b --full-finetuning --rows 4x2048x1:block --optim adamw_torch \
+        --offload-optimizer                               # its state in the host's memory
     python benchmarks/sft.py --shape tiny --rows 2x64x2:block    # seconds on a CPU: checks the script
 """
 
@@ -13,7 +15,7 @@ import functools
 import statistics
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -176,13 +178,15 @@ def bare_seconds(trainer: SFTTrainer, steps: int = 6) -> float:
     return (time.perf_counter() - start) / steps
 
 
-def measure(model: LanguageModel, row: Row, steps: int, bare: bool = False) -> dict:
+def measure(model: LanguageModel, row: Row, steps: int, bare: bool = False, **settings: Any) -> dict:
+    """`settings` are more of SFTConfig's."""
     c = model.causal_lm.config
     lengths = row.lengths()
     samples = [{"input_ids": ids} for ids in random_ids(row, c.vocab_size)]
     config = SFTConfig(
         max_steps=steps, per_device_train_batch_size=len(lengths) // row.accumulation, max_length=max(lengths),
         gradient_accumulation_steps=row.accumulation, gradient_checkpointing=row.level,
+        **settings,
     )  # fmt: skip
     trainer = SFTTrainer(model, config, train_dataset=samples)
     trainer.train()
@@ -192,6 +196,7 @@ def measure(model: LanguageModel, row: Row, steps: int, bare: bool = False) -> d
     peak = peak_gb()
     return {
         **row._asdict(),
+        **settings,
         "ran_at": trainer.step.level,
         **(
             {}
@@ -220,6 +225,8 @@ def main():
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--full-finetuning", action="store_true", help="train bfloat16 weights, no adapter")
+    parser.add_argument("--optim", default=SFTConfig.optim)
+    parser.add_argument("--offload-optimizer", action="store_true", help="keep its state on the host")
     parser.add_argument(
         "--bare", action="store_true", help="time steps without a trainer too, for its overhead"
     )
@@ -241,12 +248,13 @@ def main():
         model, r=args.rank, lora_alpha=16
     )  # which leaves a whole one as it is
 
+    settings = {"optim": args.optim, "offload_optimizer": args.offload_optimizer}
     results = []
     for text, row in rows:
         if not row.offload_embedding:
             model.params["embed_tokens"] = jax.tree.map(on_device, model.params["embed_tokens"])
         try:
-            results.append(measure(model, row, args.steps, args.bare))
+            results.append(measure(model, row, args.steps, args.bare, **settings))
             print({k: v for k, v in results[-1].items() if k != "loss"}, flush=True)
         except (jax.errors.JaxRuntimeError, JaxtuneError) as error:
             results.append({"row": text, "error": str(error)[:600]})

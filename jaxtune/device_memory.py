@@ -50,6 +50,12 @@ def pinned_limit() -> int:
     return int(float(os.environ.get(PINNED_LIMIT, 64)) * 2**30)
 
 
+def raise_limit(needed: int) -> str:
+    """What to do where the host has that much memory, and XLA would not pin it."""
+    gib = math.ceil(needed / 2**30)
+    return f"Start Python with {PINNED_LIMIT}={gib} in its environment: the host has that much memory."
+
+
 def is_on_host(x: jax.Array) -> bool:
     """Whether an array, or one that is traced, lies in the host's memory, for a device to read."""
     return jax.typeof(x).memory_space == jax.memory.Space.Host

@@ -50,11 +50,11 @@ def _accept_or_raise(
     title: str, name: str, value: Any, own: list[str], without_effect: Mapping[str, Any]
 ) -> None:
     if name not in without_effect:
-        known = [known for known in (*own, *without_effect) if known != "self"]
+        own = [known for known in own if known != "self"]
         raise OptionError(
             f"{title} has no option {name!r}.",
-            expected=f"one of {', '.join(sorted(known))}.",
-            fix=f"Correct the name, or leave it out.{nearest(name, known)}",
+            expected=f"one of {', '.join(sorted(own))}.",
+            fix=f"Correct the name, or leave it out.{nearest(name, (*own, *without_effect))}",
         )
     neutral = without_effect[name]
     neutral_values = neutral if isinstance(neutral, tuple) else (neutral,)

@@ -14,6 +14,8 @@ from typing import Any
 from jaxtune.errors import ConfigError, ModelNotFoundError, UnsupportedModelError, nearest
 
 CONFIG_FILE = "config.json"
+RUN_FILE = "trainer_state.json"
+"""In each of a run's checkpoints."""
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """What every config says for itself. transformers would take another model's: 32 heads where a file forgot its 16."""
 DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")
@@ -32,6 +34,33 @@ def read_config(folder: str | Path, supported: Collection[str] | None = None) ->
     return config
 
 
+def _no_config(folder: Path) -> ConfigError:
+    """A run leaves checkpoints, some of which can only be resumed from: neither they nor their folder is a model."""
+    if (folder / RUN_FILE).is_file():
+        return ConfigError(
+            f"{folder} is a checkpoint of full fine-tuning: the state of a run, without {CONFIG_FILE}.",
+            expected="A folder that save_model or save_pretrained wrote.",
+            fix="Resume it (trainer.train(resume_from_checkpoint=...)), then trainer.save_model(folder). With "
+            "save_only_model=True, a run writes checkpoints that can be loaded, and not resumed.",
+        )
+    runs = sorted(folder.glob(f"checkpoint-*/{RUN_FILE}"), key=lambda path: path.stat().st_mtime)
+    if runs:
+        newest = runs[-1].parent
+        is_model = any((newest / name).is_file() for name in (CONFIG_FILE, "adapter_config.json"))
+        return ConfigError(
+            f"{folder} holds checkpoints of a run, and no model of its own.",
+            expected="A folder that save_model or save_pretrained wrote, or one checkpoint with a model in it.",
+            fix=f"Pass {str(newest)!r}."
+            if is_model
+            else "Resume the run, then write it: trainer.save_model(folder).",
+        )
+    return ConfigError(
+        f"{folder} has no {CONFIG_FILE}.",
+        expected="A folder with config.json, as save_pretrained writes it.",
+        fix="Pass the folder of the model itself (not of an adapter or a tokenizer), or fetch the file.",
+    )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     if not path.parent.is_dir():
         raise ModelNotFoundError(
@@ -42,11 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"{path.parent} has no {CONFIG_FILE}.",
-            expected="A folder with config.json, as save_pretrained writes it.",
-            fix="Pass the folder of the model itself (not of an adapter or a tokenizer), or fetch the file.",
-        ) from error
+        raise _no_config(path.parent) from error
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}.",

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from jaxtune.errors import OptionError
 from jaxtune.options import ANY, mirrors
 from jaxtune.rl.losses import LOSS_TYPES, SCALES
-from jaxtune.training.config import WITHOUT_EFFECT, TrainingConfig
+from jaxtune.training.config import TrainingConfig
+from jaxtune.training.without_effect import WITHOUT_EFFECT
 
 _WITHOUT_EFFECT = {
     **WITHOUT_EFFECT,
@@ -18,12 +19,28 @@ _WITHOUT_EFFECT = {
     "vllm_tensor_parallel_size": ANY,
     "vllm_enable_sleep_mode": ANY,
     "vllm_importance_sampling_correction": ANY,
+    "vllm_importance_sampling_mode": ANY,
+    "vllm_importance_sampling_cap": ANY,
+    "vllm_importance_sampling_clip_max": ANY,
+    "vllm_importance_sampling_clip_min": ANY,
+    "vllm_model_impl": ANY,
+    "vllm_max_model_length": ANY,
+    "vllm_server_base_url": ANY,
+    "vllm_server_host": ANY,
+    "vllm_server_port": ANY,
+    "vllm_server_timeout": ANY,
+    "vllm_group_port": ANY,
+    "vllm_structured_outputs_regex": None,
+    "use_transformers_continuous_batching": ANY,
+    "transformers_continuous_batching_config": ANY,
+    "use_transformers_paged": ANY,
+    "cache_implementation": ANY,
+    "ds3_gather_for_generation": ANY,
     "unsloth_num_chunks": ANY,
     "unsloth_logit_chunk_multiplier": ANY,
     "unsloth_grpo_mini_batch": ANY,
     "disable_dropout": ANY,
     "neftune_noise_alpha": None,
-    "pad_to_multiple_of": ANY,
     "remove_unused_columns": False,
     "num_completions_to_print": ANY,
     "num_generations_eval": ANY,
@@ -45,10 +62,29 @@ _WITHOUT_EFFECT = {
     "use_adaptive_entropy": False,
     "off_policy_mask_threshold": None,
     "sync_ref_model": False,
+    "label_smoothing_factor": 0.0,
+    "cast_lm_head_to_fp32": ANY,  # the head's products are summed in float32
+    "log_multimodal": ANY,
+    "log_unique_prompts": False,
+    "log_completions_hub_repo": None,
+    "max_tool_calling_iterations": ANY,
+    # Of what is refused when it is asked for: a synchronised reference, adaptive entropy, other losses.
+    "ref_model_mixup_alpha": ANY,
+    "ref_model_sync_steps": ANY,
+    "entropy_coef_min": ANY,
+    "entropy_coef_max": ANY,
+    "entropy_coef_delta": ANY,
+    "entropy_target": ANY,
+    "sapo_temperature_neg": ANY,
+    "sapo_temperature_pos": ANY,
+    "vespo_k_pos": ANY,
+    "vespo_lambda_pos": ANY,
+    "vespo_k_neg": ANY,
+    "vespo_lambda_neg": ANY,
 }
 
 
-@mirrors(_WITHOUT_EFFECT)
+@mirrors(_WITHOUT_EFFECT, aliases={"activation_checkpointing": "gradient_checkpointing"})
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GRPOConfig(TrainingConfig):
     num_generations: int = 8

@@ -59,6 +59,7 @@ class Judgement(NamedTuple):
         "reward_processing_classes": None,
         "callbacks": (None, []),
         "peft_config": None,
+        "quantization_config": None,
         "optimizers": ((None, None), None),
         "tools": (None, []),
         "rollout_func": None,

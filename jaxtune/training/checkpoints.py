@@ -1,8 +1,9 @@
 """Checkpoints of a run: `checkpoint-<step>` in its output folder, each whole or absent.
 
 One holds the adapter as a PEFT folder, the state of the step (what is trained, the optimizer's part, the step's number;
-by orbax), and trainer_state.json: where the run and its data were. Random numbers follow from the seed and the step, so
-nothing of them needs keeping. They are written by a thread, from a copy on the host, while the run goes on.
+by orbax), and trainer_state.json: where the run and its data were. Or the model and no state, for other programs alone.
+Random numbers follow from the seed and the step, so nothing of them needs keeping. They are written by a thread, from a
+copy on the host, while the run goes on.
 """
 
 import concurrent.futures
@@ -21,13 +22,14 @@ import jax
 
 from jaxtune.errors import CheckpointError, nearest
 from jaxtune.folders import staged
+from jaxtune.loading.config import RUN_FILE
 from jaxtune.log import get_logger
 from jaxtune.models.causal_lm import CausalLM
 from jaxtune.training.step import TrainState
 
 log = get_logger(__name__)
 
-STATE, RUN = "state", "trainer_state.json"
+STATE, RUN = "state", RUN_FILE
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -39,8 +41,8 @@ def fingerprint(model: CausalLM) -> str:
 class Checkpoints:
     """Those of a run, in `folder`; of more than `limit`, the oldest go, but never the best."""
 
-    def __init__(self, folder: Path, limit: int | None = None):
-        self.folder, self.limit = folder, limit
+    def __init__(self, folder: Path, limit: int | None = None, *, with_state: bool = True):
+        self.folder, self.limit, self.with_state = folder, limit, with_state
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._writing: concurrent.futures.Future | None = None
         for left_over in folder.glob(".checkpoint-*"):  # of a run that was killed while it saved
@@ -75,7 +77,8 @@ class Checkpoints:
     def _write(self, target, state, run, save_model, best):
         with staged(target, marker=RUN) as stage:
             save_model(stage, state)
-            _write_state(stage / STATE, state)
+            if self.with_state:
+                _write_state(stage / STATE, state)
             (stage / RUN).write_text(json.dumps(run | {"saved_at": time.time()}) + "\n")
         self._prune(keep={target, best})
         log.info("saved %s", target)
@@ -151,6 +154,12 @@ def read_state(path: Path, like: TrainState) -> TrainState:
     """The state of a checkpoint, where and in the form that `like` is."""
     import orbax.checkpoint as ocp
 
+    if not (path / STATE).is_dir():
+        raise CheckpointError(
+            f"{path} holds no state: it was saved with save_only_model=True, or is not whole.",
+            expected="a checkpoint with the state of its run.",
+            fix="Resume from one that has it; or load this one with from_pretrained, and begin a new run from there.",
+        )
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
     )

@@ -8,37 +8,11 @@ from typing import Any
 
 from jaxtune.errors import OptionError, nearest
 from jaxtune.log import get_logger, show
-from jaxtune.options import ANY, NOT_YET
-from jaxtune.training.optimizers import OPTIMIZERS, PAGED
+from jaxtune.training.optimizers import OPTIMIZERS, PAGED, arguments
 from jaxtune.training.remat import level
 from jaxtune.training.schedules import SCHEDULES, what_is_wrong
 
 log = get_logger(__name__)
-
-WITHOUT_EFFECT = {
-    "bf16": ANY,
-    "fp16": ANY,
-    "dataloader_num_workers": ANY,
-    "dataloader_pin_memory": ANY,
-    "report_to": ("none", [], None),
-    "eval_strategy": "no",
-    "save_strategy": "no",
-    "push_to_hub": False,
-    "group_by_length": False,
-    "gradient_checkpointing_kwargs": ANY,
-    "use_liger_kernel": ANY,
-    "disable_tqdm": ANY,
-    "run_name": ANY,
-    "logging_first_step": ANY,
-    "logging_strategy": "steps",
-    "save_steps": NOT_YET,
-    "save_total_limit": NOT_YET,
-    "eval_steps": NOT_YET,
-    "per_device_eval_batch_size": ANY,
-    "eval_accumulation_steps": ANY,
-    "load_best_model_at_end": False,
-}
-"""Names that a TRL or Unsloth script may pass although they mean nothing here, or only with the value given."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,8 +44,12 @@ class TrainingConfig:
     """The part of all steps over which it rises, rounded up."""
     optim: str = "adamw_8bit"
     """AdamW: adamw_8bit keeps its moments in 8 bits (also adamw_bnb_8bit and paged_adamw_8bit), adamw_torch in float32
-    (also adamw_torch_fused, adamw and paged_adamw_32bit). Lion: lion_8bit, lion_32bit and both with paged_. Others:
-    adafactor, muon (AdamW for what is no matrix of a layer), rmsprop, schedule_free_adamw and sgd."""
+    (also adamw, adamw_hf, adamw_torch_fused, adamw_apex_fused and paged_adamw_32bit). Lion: lion_8bit, lion_32bit and
+    both with paged_. Others: adafactor, muon (AdamW for what is no matrix of a layer), rmsprop, schedule_free_adamw
+    and sgd."""
+    optim_args: str | None = None
+    """What only one optimizer has, by torch's names: "momentum=0.9, nesterov=True" for sgd; alpha, eps, momentum and
+    centered for rmsprop."""
     weight_decay: float = 0.001
     """Weight decay: of the gradient for sgd and rmsprop, decoupled for all others."""
     adam_beta1: float = 0.9
@@ -83,6 +61,11 @@ class TrainingConfig:
     """What AdamW adds to its denominator."""
     max_grad_norm: float | None = 1.0
     """Gradients are shrunk to this global norm; None or 0 leaves them alone."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in the host's memory: a step fetches and returns it over the bus."""
+    skip_nonfinite_steps: int = 0
+    """So many steps in a row may have a loss or a gradient that is not finite: they change nothing. One more ends the
+    run."""
     gradient_checkpointing: bool | str | None = None
     """True, False, "unsloth" or a level of training.remat; None takes what the model was loaded with."""
     logging_steps: int = 1
@@ -109,17 +92,31 @@ class TrainingConfig:
         self.require_one_of(tuple(SCHEDULES), "lr_scheduler_type")
         self._require_schedule()
         self.require_one_of((*OPTIMIZERS, *PAGED), "optim")
+        self.require_switches("offload_optimizer")
+        skips = self.skip_nonfinite_steps
+        is_number = _is_whole(skips) and skips >= 0
+        self.require(is_number, "skip_nonfinite_steps", "a whole number of steps in a row; 0 skips none")
         if self.optim == "schedule_free_adamw":
             self.require(self.adam_beta1 > 0, "adam_beta1", "more than 0 for schedule_free_adamw")
+        self._require_optim_args()
         if self.optim in PAGED:
             show()
             log.info(
-                "%s: optim=%r is %s: nothing is paged.", type(self).__name__, self.optim, PAGED[self.optim]
-            )
+                "%s: optim=%r is %s: nothing is paged; offload_optimizer=True keeps its state on the host.",
+                type(self).__name__, self.optim, PAGED[self.optim],
+            )  # fmt: skip
         self.require(_is_whole(self.seed) and self.seed >= 0, "seed", "a whole number of at least 0")
         self.require(isinstance(self.output_dir, str | Path | None), "output_dir", "a path, or None")
         if self.gradient_checkpointing is not None:
             level(self.gradient_checkpointing)
+
+    def _require_optim_args(self) -> None:
+        name = "optim_args"
+        self.require(isinstance(self.optim_args, str | None), name, "text such as 'momentum=0.9', or None")
+        try:
+            arguments(self.optim, self.optim_args)
+        except ValueError as wrong:
+            self.require(False, name, *wrong.args)
 
     def _require_schedule(self) -> None:
         settings, name = self.lr_scheduler_kwargs, "lr_scheduler_kwargs"

@@ -56,7 +56,7 @@ def free_room() -> Size | None:
     memory = device_memory.of_device(device_memory.default_device())
     if memory is None:
         return None
-    host = min(device_memory.free_of_host(), int((1 - SLACK) * device_memory.pinned_limit()))
+    host = min(device_memory.free_of_host(), _may_be_pinned())
     return Size(max(0, int(memory.free - SLACK * memory.limit)), host)
 
 
@@ -64,8 +64,18 @@ def needed_by(program: jax.stages.Compiled) -> Size:
     """Beside its arguments."""
     of: Any = program.memory_analysis()
     return Size(
-        of.temp_size_in_bytes + of.output_size_in_bytes - of.alias_size_in_bytes, of.host_temp_size_in_bytes
+        of.temp_size_in_bytes + of.output_size_in_bytes - of.alias_size_in_bytes,
+        of.host_temp_size_in_bytes + of.host_output_size_in_bytes - of.host_alias_size_in_bytes,
     )
+
+
+def _may_be_pinned() -> int:
+    return int((1 - SLACK) * device_memory.pinned_limit())
+
+
+def _held_on_host(*args: Any) -> int:
+    """Bytes of a step's arguments, which are pinned already."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(args) if device_memory.is_on_host(leaf))
 
 
 def kept_by(loss: WatchedLoss, trained: Tree, frozen: Tree, batch: MicroBatch) -> int:
@@ -129,6 +139,9 @@ class FittingStep:
 
     def _fitting(self, state: TrainState, frozen: Tree, batch: MicroBatch) -> tuple[str, jax.stages.Compiled]:
         room = self._room()
+        held = _held_on_host(state, frozen)
+        if room is not None:
+            room = room._replace(host=max(0, min(room.host, _may_be_pinned() - held)))
         levels, smaller = candidates(self._asked, memory_is_known=room is not None)
 
         @functools.cache
@@ -158,7 +171,7 @@ class FittingStep:
             f"{'at least ' if at_least else ''}{_text(size)}.",
             expected=f"at most the {_text(room, gb_free)} that are free.",
             fix=self._which_level_fits(room, smaller, kept, needed)
-            or _which_limit_fits(size, room)
+            or _which_limit_fits(size, room, held)
             or self._which_batch_fits(room, (*levels, *smaller)[-1], state, frozen, batch)
             or "Nothing that was tried fits beside the weights: take a larger device, or a smaller model.",
         )
@@ -182,12 +195,11 @@ class FittingStep:
         return None
 
 
-def _which_limit_fits(size: Size, room: Size) -> str | None:
+def _which_limit_fits(size: Size, room: Size, held: int) -> str | None:
     """If the host has the memory, and XLA would not pin it."""
     if size.device > room.device or not room.host < size.host <= device_memory.free_of_host():
         return None
-    limit = math.ceil(size.host / (1 - SLACK) / 2**30)
-    return f"Start Python with {device_memory.PINNED_LIMIT}={limit} in its environment: the host has that much memory."
+    return device_memory.raise_limit(int((held + size.host) / (1 - SLACK)))
 
 
 def _batches_divided_by(k: int) -> str:

@@ -34,7 +34,7 @@ _FREE = frozenset((
     "output_dir", "num_train_epochs", "logging_steps", "gradient_checkpointing", "cache_tokens", "eval_strategy",
     "eval_steps", "eval_on_start", "per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit",
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "resume_from_checkpoint", "eval_packing",
-    "pad_token",
+    "pad_token", "offload_optimizer", "skip_nonfinite_steps", "save_only_model",
 ))  # fmt: skip
 """Settings that a resumed run may have otherwise, and go on as before."""
 
@@ -61,7 +61,10 @@ class Keeper:
         self.resume_from = args.resume_from_checkpoint if resume_from is None else resume_from
         self.folder = None if args.output_dir is None else Path(args.output_dir)
         saves = self.folder is not None and args.save_strategy != "no"
-        self.checkpoints = Checkpoints(self.folder, args.save_total_limit) if saves and self.folder else None
+        self.checkpoints = None
+        if saves and self.folder:
+            with_state = not args.save_only_model
+            self.checkpoints = Checkpoints(self.folder, args.save_total_limit, with_state=with_state)
         self.last_checkpoint: Path | None = None
         self._evaluated_at = self._saved_at = -1
 
@@ -177,15 +180,17 @@ class Keeper:
             "model": fingerprint(self.model.causal_lm),
         }
         path = self.checkpoints.save(state, content, self._save_model, None if best is None else Path(best))
-        self.last_checkpoint = path
+        if self.checkpoints.with_state:
+            self.last_checkpoint = path
         callbacks.call("on_save")
 
     def _save_model(self, folder: Path, state: TrainState) -> None:
-        """The adapter for other programs; whole weights are in the state."""
-        if self.model.full_finetuning:
+        """The model for other programs; but whole weights only where no state has them."""
+        if self.model.full_finetuning and not self.args.save_only_model:
             return
         with_trained = copy.copy(self.model)
-        with_trained.lora = averaged(state.trained, state.optimizer)
+        part = "params" if self.model.full_finetuning else "lora"
+        setattr(with_trained, part, averaged(state.trained, state.optimizer))
         with_trained.save_pretrained(
             folder, self.tokenizer if hasattr(self.tokenizer, "save_pretrained") else None
         )

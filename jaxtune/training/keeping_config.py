@@ -28,6 +28,9 @@ class KeepingConfig(TrainingConfig):
     """Steps between two checkpoints; below 1, a part of all steps."""
     save_total_limit: int | None = None
     """Checkpoints that are kept, the newest and the best among them; None keeps all."""
+    save_only_model: bool = False
+    """Write into a checkpoint what other programs load, and not the state to resume from. After full fine-tuning these
+    are all weights, which other checkpoints hold in their state alone."""
     load_best_model_at_end: bool = False
     """Leave in the model what the best of the evaluated checkpoints holds."""
     metric_for_best_model: str | None = None
@@ -43,7 +46,9 @@ class KeepingConfig(TrainingConfig):
         self.require_one_of(SAVE_STRATEGIES, "save_strategy")
         self.require_counts("per_device_eval_batch_size")
         self.require_counts("save_total_limit", or_none=True)
-        self.require_switches("eval_on_start", "load_best_model_at_end")
+        self.require_switches("eval_on_start", "load_best_model_at_end", "save_only_model")
+        has_state = not (self.save_only_model and self.load_best_model_at_end)
+        self.require(has_state, "save_only_model", "False with load_best_model_at_end, which loads a state")
         for name in ("eval_steps", "save_steps"):
             value = getattr(self, name)
             steps = "a whole number of steps, or a part of all steps below 1"

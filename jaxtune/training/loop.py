@@ -17,7 +17,7 @@ log = get_logger(__name__)
 
 Record = dict[str, float]
 """One step's numbers: the step's metrics, the batch's own facts, `step`, `step_time_sec`, and `compile_seconds` (which
-the step's time does not include) where its shape was new."""
+the step's time does not include) where its shape was new. That of a step which was skipped has no metrics."""
 
 
 def run(
@@ -28,17 +28,20 @@ def run(
     on_record: Callable[[Record], Any],
     on_state: Callable[[TrainState], Any] = lambda state: None,
     after_step: Callable[[Mapping[str, Any], Callable[[], None]], bool] = lambda facts, settle: True,
+    skips: int = 0,
 ) -> TrainState:
     """Runs one step for every (batch, facts). `on_record` sees each step's numbers once the next one is under way;
     `on_state` sees the state after each step, which the next one consumes. `after_step` says whether to go on; it is
     given the batch's facts, and `settle`, by which it has the step's numbers at once, and its own time is not the next
-    step's. Of the facts, `sample_ids` are for errors alone."""
+    step's. Of the facts, `sample_ids` are for errors alone. Up to `skips` steps in a row may have a loss or a gradient
+    that is not finite; `step` has then to leave the state as it was."""
     pending: tuple[int, dict[str, jax.Array], Mapping[str, Any]] | None = None
     shapes: set[tuple] = set()
+    skipped = 0  # in a row
     clock = time.perf_counter()
 
     def settle() -> None:
-        nonlocal clock, pending
+        nonlocal clock, pending, skipped
         if pending is None:
             return
         number, metrics, facts = pending
@@ -47,17 +50,24 @@ def run(
         now = time.perf_counter()
         sample_ids = facts.get("sample_ids")
         facts = {name: fact for name, fact in facts.items() if name != "sample_ids"}
-        record = {"step": float(number), **values, **facts, "step_time_sec": now - clock}
-        clock = now
-        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+        is_finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+        skipped = 0 if is_finite else skipped + 1
+        found = (
+            f"At step {number} the loss is {values['loss']} and the gradient's norm {values['grad_norm']}"
+            + (f"; its samples are {', '.join(map(str, sample_ids))}." if sample_ids else ".")
+        )
+        if skipped > skips:
             raise DivergenceError(
-                f"At step {number} the loss is {values['loss']} and the gradient's norm {values['grad_norm']}"
-                + (f"; its samples are {', '.join(map(str, sample_ids))}." if sample_ids else "."),
+                found + (f" So it was in each of the {skips} steps before." if skips else ""),
                 expected="finite numbers.",
                 fix="Lower learning_rate, keep max_grad_norm at 1.0, and look at the samples of that step. A model "
                 "in float16 may need dtype='bfloat16': float16 ends at 65504.",
             )
-        on_record(record)
+        if skipped:
+            log.warning("%s It is skipped: %d in a row, of at most %d.", found, skipped, skips)
+            values = {}
+        on_record({"step": float(number), **values, **facts, "step_time_sec": now - clock})
+        clock = now
 
     for number, (batch, facts) in enumerate(batches, start=int(state.step) + 1):
         shape = batch["tokens"].shape

@@ -22,7 +22,7 @@ COMPLETIONS_FILE = "completions.jsonl"
 """What a GRPO run may write beside it: it belongs to the same run, and goes when the next one begins."""
 
 
-NOT_AVERAGED = ("step", "epoch", "num_tokens", "learning_rate", "grad_norm")
+NOT_AVERAGED = ("step", "epoch", "num_tokens", "learning_rate", "grad_norm", "skipped_steps")
 """Of several records, the last one's counts."""
 
 
@@ -42,14 +42,24 @@ class Tally:
     steps: int = 0
     samples: float = 0.0
     loss_sum: float = 0.0
+    skipped: int = 0
+    """Of the steps, those that had no finite loss or gradient."""
     unlogged: list[Record] = dataclasses.field(default_factory=list)
     """Of the steps since the last line of the log."""
 
     def add(self, record: Record) -> None:
         self.steps += 1
         self.samples += record.pop("samples")
-        self.loss_sum += record["loss"]
+        if "loss" in record:
+            self.loss_sum += record["loss"]
+        else:
+            self.skipped += 1
+            record["skipped_steps"] = float(self.skipped)
         self.unlogged.append(record)
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss_sum / max(1, self.steps - self.skipped)
 
     def average(self) -> Record:
         """One record for the steps since the last."""
@@ -81,6 +91,8 @@ class RunLog:
 
     def write(self, record: Record) -> None:
         self._write_line(record)
+        if "loss" not in record:  # all were skipped, and that was said
+            return
         first = {name: f"{record[name]:.4f}" for name in self.headline if name in record}
         log.info(
             "step %d/%d (epoch %.2f): %s, grad_norm %.3f, lr %.2e, %.0f tokens/s",

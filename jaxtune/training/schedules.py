@@ -124,7 +124,9 @@ class Kind(NamedTuple):
     factor: Factor
     settings: Mapping[str, Setting] = {}
     required: tuple[str, ...] = ()
-    """Settings of which exactly one has to be there."""
+    """Settings of which exactly one has to be there,"""
+    example: Mapping[str, Any] = {}
+    """such as this."""
 
 
 SCHEDULES = {
@@ -137,6 +139,7 @@ SCHEDULES = {
         _cosine_with_min_lr,
         {"num_cycles": AMOUNT, "min_lr": AMOUNT, "min_lr_rate": PART},
         required=("min_lr", "min_lr_rate"),
+        example={"min_lr_rate": 0.1},
     ),
     "polynomial": Kind(_polynomial, {"lr_end": AMOUNT, "power": AMOUNT}),
     "inverse_sqrt": Kind(_inverse_sqrt, {"timescale": COUNT}),
@@ -147,6 +150,7 @@ SCHEDULES = {
             "min_lr_ratio": PART, "num_cycles": AMOUNT,
         },
         required=("num_decay_steps",),
+        example={"num_decay_steps": 100},
     ),
 }  # fmt: skip
 NO_COMMON_WARMUP = ("constant", "warmup_stable_decay")
@@ -174,8 +178,8 @@ def schedule(
 
 
 def what_is_wrong(kind: str, settings: Mapping[str, Any], learning_rate: float) -> tuple[str, str] | None:
-    """Of `settings` that a schedule cannot take: what was expected, and the name that was meant."""
-    known, required = SCHEDULES[kind].settings, SCHEDULES[kind].required
+    """Of `settings` that a schedule cannot take: what was expected, and what was perhaps meant."""
+    _, known, required, example = SCHEDULES[kind]
     for name, value in settings.items():
         if name not in known:
             names = f"of {', '.join(known)}" if known else "nothing: this schedule has no settings"
@@ -183,7 +187,8 @@ def what_is_wrong(kind: str, settings: Mapping[str, Any], learning_rate: float) 
         if not known[name].is_valid(value):
             return f"{name} as {known[name].expected}", ""
     if required and len(settings.keys() & set(required)) != 1:
-        return f"for {kind} {' or '.join(required)}" + (", not both" if len(required) > 1 else ""), ""
+        only_one = ", and not both" if len(required) > 1 else ""
+        return f"for {kind} a dict with {' or '.join(required)}{only_one}", f" For example: {dict(example)}."
     if kind == "polynomial" and not settings.get("lr_end", 1e-7) < learning_rate:
         return "an lr_end (1e-7, if it is left out) below learning_rate", ""
     if "min_lr" in settings and learning_rate == 0:

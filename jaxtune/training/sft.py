@@ -29,6 +29,13 @@ log = get_logger(__name__)
 
 _WITHOUT_EFFECT = {
     "peft_config": None,
+    "quantization_config": None,
+    "compute_loss_func": None,
+    "compute_metrics": None,
+    "preprocess_logits_for_metrics": None,
+    "model_init": None,
+    "optimizers": ((None, None), None),
+    "optimizer_cls_and_kwargs": None,
     "dataset_num_proc": ANY,
 }
 

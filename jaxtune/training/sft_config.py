@@ -8,9 +8,9 @@ from jaxtune.data.formats import TRUNCATION_MODES
 from jaxtune.data.packing import STRATEGIES
 from jaxtune.log import get_logger, show
 from jaxtune.options import ANY, mirrors
-from jaxtune.training.config import WITHOUT_EFFECT
 from jaxtune.training.keeping_config import KeepingConfig
 from jaxtune.training.losses import LOSS_TYPES
+from jaxtune.training.without_effect import WITHOUT_EFFECT
 
 _WITHOUT_EFFECT = {
     **WITHOUT_EFFECT,
@@ -20,6 +20,8 @@ _WITHOUT_EFFECT = {
     "pad_to_multiple_of": ANY,
     "group_by_length": ANY,
     "length_column_name": ANY,
+    "dataset_batch_size": ANY,
+    "activation_offloading": False,
 }
 _DATASET_KWARGS = ("add_special_tokens", "skip_prepare_dataset", "append_concat_token")
 """What TRL, or an older TRL, takes in dataset_kwargs. Only the first has an effect: rows of tokens are never prepared
@@ -29,7 +31,14 @@ _BY_LENGTH = ("group_by_length", "batch_rebalance")
 log = get_logger(__name__)
 
 
-@mirrors(_WITHOUT_EFFECT, aliases={"max_seq_length": "max_length", "evaluation_strategy": "eval_strategy"})
+_ALIASES = {
+    "max_seq_length": "max_length",
+    "evaluation_strategy": "eval_strategy",
+    "activation_checkpointing": "gradient_checkpointing",
+}
+
+
+@mirrors(_WITHOUT_EFFECT, aliases=_ALIASES)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTConfig(KeepingConfig):
     max_length: int | None = None

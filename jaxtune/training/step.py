@@ -74,8 +74,10 @@ def make_step(
     compiler_options: dict[str, Any] | None = None,
 ) -> CompiledLater:
     """`max_grad_norm=None` does not clip; with a `dropout_seed`, what is dropped and what noise there is follow from
-    it, the step's number and the micro-batch's. `rounding_seed` decides how what is kept in bfloat16 is rounded. The
-    state is donated."""
+    it, the step's number and the micro-batch's. `rounding_seed` decides how what is kept in bfloat16 is rounded. An
+    optimizer that asks hears whether the step `is_finite`. The state is donated."""
+
+    update = optax.with_extra_args_support(optimizer).update
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options)
     def step(state: TrainState, frozen: Tree, batch: MicroBatch) -> tuple[TrainState, Metrics]:
@@ -85,7 +87,10 @@ def make_step(
         if max_grad_norm is not None:
             shrink = jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))
             grads = jax.tree.map(lambda g: g * shrink, grads)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, _float32(state.trained))
+        is_finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        updates, optimizer_state = update(
+            grads, state.optimizer, _float32(state.trained), is_finite=is_finite
+        )
         key = jax.random.fold_in(jax.random.key(rounding_seed), state.step)
         trained = add_rounded(state.trained, updates, key)
         metrics = {
@@ -96,6 +101,7 @@ def make_step(
             "tokens": (batch["segment_ids"] > 0).sum(dtype=jnp.int32),
             **watched,
         }
+        # The state first, as it came: donated buffers go to outputs of their shape in order, whatever the memory.
         return TrainState(state.step + 1, trained, optimizer_state), metrics
 
     return step

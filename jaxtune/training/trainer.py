@@ -25,7 +25,7 @@ from jaxtune.training.keeper import Keeper
 from jaxtune.training.loop import Record, run
 from jaxtune.training.losses import WatchedLoss, of_all_weights
 from jaxtune.training.metrics import RunLog, Tally
-from jaxtune.training.optimizers import averaged, make_optimizer, own_rates
+from jaxtune.training.optimizers import averaged, make_optimizer, offloaded, own_rates, skipping
 from jaxtune.training.remat import compiler_options, level, remat
 from jaxtune.training.schedules import Schedule, schedule
 from jaxtune.training.step import CompiledLater, TrainState, init_state, make_step
@@ -218,7 +218,7 @@ class Trainer:
                 keeper.before_training(left, output, callbacks)
             stream = itertools.islice(batches(newest), total_steps - begun_at)
             try:
-                run(step, state, frozen, stream, on_record, hand_over, after_step)
+                run(step, state, frozen, stream, on_record, hand_over, after_step, args.skip_nonfinite_steps)
                 if tally.unlogged:  # stopped between two lines
                     write_log()
                 if keeper is not None:
@@ -242,7 +242,7 @@ class Trainer:
             "train_runtime": runtime,
             "train_samples_per_second": tally.samples / runtime,
             "train_steps_per_second": (steps - begun_at) / runtime,
-            "train_loss": tally.loss_sum / max(1, steps),
+            "train_loss": tally.mean_loss,
             "epoch": run_state.epoch,
         }
         return TrainOutput(steps, metrics["train_loss"], metrics)
@@ -292,6 +292,9 @@ def optimizer_of(args: TrainingConfig, total_steps: int) -> tuple[optax.Gradient
         epsilon=args.adam_epsilon,
         weight_decay=args.weight_decay,
         warmup_steps=warmup_steps,
+        optim_args=args.optim_args,
         rates=own_rates(embedding, args.loraplus_lr_ratio),
     )
-    return optimizer, rate
+    if args.skip_nonfinite_steps:
+        optimizer = skipping(optimizer)
+    return (offloaded(optimizer) if args.offload_optimizer else optimizer), rate

@@ -88,6 +88,7 @@ class MadeUp:
         return types.SimpleNamespace(
             temp_size_in_bytes=self.size.device, host_temp_size_in_bytes=self.size.host,
             output_size_in_bytes=GB, alias_size_in_bytes=GB,
+            host_output_size_in_bytes=GB, host_alias_size_in_bytes=GB,
         )  # fmt: skip
 
     def __call__(self, *arguments):
@@ -186,6 +187,20 @@ def test_what_xla_does_not_pin_names_the_limit(run, monkeypatch):
     monkeypatch.setattr(device_memory, "free_of_host", lambda: 3 * GB)
     with pytest.raises(DeviceMemoryError, match=r"Divide per_device_train_batch_size by 2"):
         step_in("offload", Size(10 * GB, 3 * GB))(state(), params, batch)
+
+
+def test_what_a_step_has_on_the_host_already_is_pinned_too(run, monkeypatch):
+    """An optimizer's state there leaves less for what a level of rematerialisation keeps."""
+    step_in, (state, params, batch) = run
+    held = state()
+    held = held._replace(optimizer=jax.tree.map(device_memory.on_host, held.optimizer))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(held.optimizer))
+    monkeypatch.setattr(device_memory, "free_of_host", lambda: 80 * GB)
+    limit = (NEEDED["offload"].host + size // 2) / (1 - fitting.SLACK) / 2**30
+    monkeypatch.setenv(device_memory.PINNED_LIMIT, str(limit))
+    step_in("offload", Size(10 * GB, 50 * GB))(state(), params, batch)
+    with pytest.raises(DeviceMemoryError, match=f"{device_memory.PINNED_LIMIT}={int(limit) + 1} in"):
+        step_in("offload", Size(10 * GB, 50 * GB))(held, params, batch)
 
 
 def test_a_host_gives_what_it_has_and_what_xla_pins(monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxtune import FastLanguageModel, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, add_new_tokens
-from jaxtune.errors import AdapterError, DivergenceError, OptionError
+from jaxtune.errors import AdapterError, ConfigError, DivergenceError, OptionError
 from tests.kit import models
 from tests.kit.compare import assert_trees_equal, relative_rms
 
@@ -104,6 +104,23 @@ def test_an_interrupted_run_leaves_the_newest_weights(folder):
     with pytest.raises(KeyboardInterrupt):
         GRPOTrainer(model, reward, config, train_dataset=[{"prompt": "the quick fox"}]).train()
     assert relative_rms(model.params["norm"]["weight"], before["norm"]["weight"]) > 0
+
+
+def test_a_checkpoint_of_the_model_alone_is_a_model(folder, tmp_path):
+    """Others are a state, and say so where they are taken for a model."""
+    for name, more in (("alone", {"save_only_model": True}), ("state", {})):
+        model = load(folder)
+        SFTTrainer(model, SFTConfig(**SHORT, **more, output_dir=tmp_path / name), train_dataset=DATA).train()
+        with pytest.raises(
+            ConfigError, match=r"holds checkpoints of a run, and no model of its own"
+        ) as caught:
+            load(tmp_path / name)
+        assert (f"Pass {str(tmp_path / name / 'checkpoint-2')!r}" in caught.value.fix) == bool(more)
+        if more:
+            again, _ = FastLanguageModel.from_pretrained(tmp_path / name / "checkpoint-2", load_in_16bit=True)
+            assert_trees_equal(again.params, model.params)
+    with pytest.raises(ConfigError, match=r"is a checkpoint of full fine-tuning: the state of a run"):
+        load(tmp_path / "state" / "checkpoint-2")
 
 
 def test_new_tokens_are_trained_and_saved(folder, tmp_path):

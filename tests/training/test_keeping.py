@@ -211,6 +211,19 @@ class TestCheckpoints:
         assert_trees_equal(again.model.lora, whole.model.lora)
         assert whole.log_history[0]["packing_efficiency"] == 80 / 128
 
+    def test_the_model_alone(self, model, undisturbed, tmp_path):
+        """Is what other checkpoints are but for their state, and no run goes on from it."""
+        trained(model, tmp_path / "run", save_only_model=True, save_steps=2)
+        assert saved(tmp_path / "run") == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+        for name in saved(tmp_path / "run"):
+            ours, whole = tmp_path / "run" / name, undisturbed[1] / name
+            assert {path.name for path in whole.iterdir()} - {path.name for path in ours.iterdir()} == {
+                "state"
+            }
+            assert_trees_equal(*(load_file(path / "adapter_model.safetensors") for path in (ours, whole)))
+        with pytest.raises(CheckpointError, match=r"(?s)checkpoint-6 holds no state: .*from_pretrained"):
+            trained(model, tmp_path / "run", True, max_steps=8)
+
     def test_the_newest_is_the_one_saved_last(self, model, tmp_path):
         """Not the one with the highest number, which may be of an earlier run."""
         trained(model, tmp_path / "run")
@@ -314,7 +327,13 @@ class TestWhatCannotBeResumed:
     def test_a_state_that_was_lost(self, model, undisturbed, tmp_path):
         shutil.copytree(undisturbed[1] / "checkpoint-2", tmp_path / "checkpoint-2")
         shutil.rmtree(tmp_path / "checkpoint-2" / "state")
-        assert "does not hold this run's state" in self.resume(model, None, tmp_path / "checkpoint-2")
+        assert "holds no state: it was saved with" in self.resume(model, None, tmp_path / "checkpoint-2")
+
+    def test_a_state_that_was_spoilt(self, model, undisturbed, tmp_path):
+        copy = shutil.copytree(undisturbed[1] / "checkpoint-2", tmp_path / "checkpoint-2")
+        shutil.rmtree(copy / "state")
+        (copy / "state").mkdir()
+        assert "does not hold this run's state" in self.resume(model, None, copy)
 
 
 def test_other_settings_are_said(model, undisturbed, caplog):

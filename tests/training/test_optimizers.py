@@ -8,9 +8,12 @@ import pytest
 import torch
 from transformers.optimization import Adafactor
 
+from jaxtune import SFTConfig
+from jaxtune.errors import OptionError
 from jaxtune.training.optimizers import OPTIMIZERS, averaged, make_optimizer, own_rates
 from jaxtune.training.optimizers.muon import orthogonal
 from jaxtune.training.schedules import schedule
+from jaxtune.training.trainer import optimizer_of
 from tests.kit.compare import assert_close, assert_trees_close
 
 SETTINGS = dict(beta1=0.9, beta2=0.98, epsilon=1e-8, weight_decay=0.1)
@@ -106,6 +109,52 @@ def test_steps_are_those_of_transformers_trainer(name):
     ours, _ = ours_after(name)
     assert_trees_close(ours, expected, 1e-5)
     assert_moved(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "theirs"),
+    [
+        ("sgd", "momentum=0.9", dict(momentum=0.9)),
+        ("sgd", "momentum=0.9, nesterov=True", dict(momentum=0.9, nesterov=True)),
+        ("rmsprop", "alpha=0.9,eps=1e-3", dict(alpha=0.9, eps=1e-3)),
+        ("rmsprop", " momentum = 0.5, centered=yes ", dict(momentum=0.5, centered=True)),
+    ],
+)
+def test_optim_args_are_torchs(name, text, theirs):
+    twin = Twin()
+    kind = {"sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop}[name]
+    expected = twin.run(kind(twin.groups(), lr=RATE, **theirs))
+    assert_trees_close(ours_after(name, optim_args=text)[0], expected, 1e-5)
+    assert not np.allclose(
+        ours_after(name)[0]["embed_tokens"]["weight"], expected["embed_tokens"]["weight"], rtol=1e-3
+    )
+
+
+def test_a_config_hands_them_on():
+    states = [
+        optimizer_of(SFTConfig(optim="sgd", optim_args=text), 4)[0].init(random_tree(0))
+        for text in (None, "momentum=0.9")
+    ]
+    leaves = [len(jax.tree.leaves(state)) for state in states]
+    assert leaves[1] - leaves[0] == len(jax.tree.leaves(random_tree(0)))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("sgd", "momentun=0.9", r"some of momentum, nesterov .*(?s:.)*Did you mean 'momentum'"),
+        ("sgd", "momentum", "momentum as a number from 0 to below 1"),
+        ("sgd", "momentum=1.0", "momentum as a number from 0 to below 1"),
+        ("sgd", "nesterov=True", "a momentum above 0 beside nesterov"),
+        ("rmsprop", "centered=maybe", "centered=True or centered=False"),
+        ("rmsprop", "eps=-1", "eps as a number from 0 on"),
+        ("adamw_torch", "momentum=0.9", "none for optim='adamw_torch'"),
+        ("sgd", {"momentum": 0.9}, "text such as"),
+    ],
+)
+def test_other_optim_args_are_refused(name, text, words):
+    with pytest.raises(OptionError, match=words):
+        SFTConfig(optim=name, optim_args=text)
 
 
 def assert_moved(weights):

@@ -272,7 +272,8 @@ def test_a_paged_optimizer_is_taken_with_one_line(name, caplog):
     with caplog.at_level(logging.INFO, "jaxtune"):
         config = SFTConfig(optim=name)
     assert [record.getMessage() for record in caplog.records] == [
-        f"SFTConfig: optim='{name}' is {PAGED[name]}: nothing is paged."
+        f"SFTConfig: optim='{name}' is {PAGED[name]}: nothing is paged; "
+        "offload_optimizer=True keeps its state on the host."
     ]
     paged, same = (
         optimizer_of(c, 10)[0].init({"a": jnp.zeros(SHAPES["a"])})

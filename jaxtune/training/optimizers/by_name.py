@@ -8,6 +8,7 @@ import optax
 
 from jaxtune.training.optimizers.adafactor import scale_by_adafactor
 from jaxtune.training.optimizers.adam_8bit import scale_by_adam_8bit
+from jaxtune.training.optimizers.arguments import arguments
 from jaxtune.training.optimizers.leaves import decays, is_matrix_of_a_layer, of_leaves
 from jaxtune.training.optimizers.lion_8bit import scale_by_lion_8bit
 from jaxtune.training.optimizers.muon import scale_by_muon
@@ -24,7 +25,9 @@ class Kind(NamedTuple):
 
 OPTIMIZERS = {
     **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), Kind("adamw", 8)),
-    **dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused"), Kind("adamw")),
+    **dict.fromkeys(
+        ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "adamw_hf"), Kind("adamw")
+    ),
     "lion_8bit": Kind("lion", 8),
     "lion_32bit": Kind("lion"),
     **{name: Kind(name) for name in ("adafactor", "muon", "rmsprop", "schedule_free_adamw", "sgd")},
@@ -37,9 +40,6 @@ PAGED = {
 }
 """Names of optimizers that page their moments elsewhere, and of those that they are here."""
 
-RMSPROP_DECAY, RMSPROP_EPSILON = 0.99, 1e-8
-"""torch's defaults, which transformers' trainer leaves alone."""
-
 
 def make_optimizer(
     name: str,
@@ -50,12 +50,15 @@ def make_optimizer(
     epsilon: float,
     weight_decay: float,
     warmup_steps: int = 0,
+    optim_args: str | None = None,
     rates: optax.GradientTransformation = SAME,
 ) -> optax.GradientTransformation:
     """What does not decay is what transformers' trainer leaves alone. sgd and rmsprop add the decay to the gradient, as
     torch does, all others to the step. `warmup_steps` are for schedule_free_adamw, which has a warmup of its own;
-    `rates` says what learns at another rate (see `own_rates`)."""
+    `optim_args` is what only one optimizer has (see `arguments`); `rates` says what learns at another rate (see
+    `own_rates`)."""
     kind = OPTIMIZERS[PAGED.get(name, name)]
+    more = arguments(kind.family, optim_args)
     decay = optax.add_decayed_weights(weight_decay, mask=decays)
     adam = optax.scale_by_adam(b1=beta1, b2=beta2, eps=epsilon)
     match kind.family, kind.bits:
@@ -73,15 +76,21 @@ def make_optimizer(
             matrices = lambda trained: of_leaves(is_matrix_of_a_layer, trained)
             direction = optax.chain(optax.partition({True: scale_by_muon(), False: adam}, matrices), decay)
         case "sgd", _:
-            direction = decay
+            direction = optax.chain(decay, _momentum(more["momentum"], more["nesterov"]))
         case "rmsprop", _:
-            scale = optax.scale_by_rms(decay=RMSPROP_DECAY, eps=RMSPROP_EPSILON, eps_in_sqrt=False)
-            direction = optax.chain(decay, scale)
+            by = optax.scale_by_stddev if more["centered"] else optax.scale_by_rms
+            scale = by(decay=more["alpha"], eps=more["eps"], eps_in_sqrt=False)
+            direction = optax.chain(decay, scale, _momentum(more["momentum"]))
         case _:
             scale = optax.scale_by_rms(decay=beta2, eps=epsilon, eps_in_sqrt=False, bias_correction=True)
             direction = optax.chain(scale, decay, rates)
             return any_promotion(schedule_free(direction, rate, beta1, warmup_steps))
     return any_promotion(optax.chain(direction, rates, optax.scale_by_learning_rate(rate)))
+
+
+def _momentum(decay: float, nesterov: bool = False) -> optax.GradientTransformation:
+    """torch's: a sum of directions that fade, not their mean."""
+    return optax.trace(decay, nesterov) if decay else optax.identity()
 
 
 def adamw(

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxtune.device_memory import is_on_host, on_device
 from jaxtune.training.schedules import Schedule
 
 
 class State(NamedTuple):
-    steps: jax.Array
+    steps: optax.ScaleByScheduleState
     highest_rate: jax.Array
     weights: jax.Array
     """The sum of the weights of all steps so far."""
@@ -35,7 +36,7 @@ def schedule_free(
     def init(trained: Any) -> State:
         zero = jnp.zeros((), jnp.float32)
         return State(
-            steps=jnp.zeros((), jnp.int32),
+            steps=optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)),
             highest_rate=zero,
             weights=jnp.zeros_like(zero),
             beta1=jnp.full((), beta1, jnp.float32),
@@ -45,8 +46,9 @@ def schedule_free(
 
     def update(grads: Any, state: State, trained: Any = None) -> tuple[Any, State]:
         own, direction_state = direction.update(grads, state.direction, trained)
-        count = state.steps + 1
-        now = rate(state.steps) * jnp.minimum(1.0, count.astype(jnp.float32) / max(1, warmup_steps))
+        before = state.steps.count
+        count = before + 1
+        now = rate(before) * jnp.minimum(1.0, count.astype(jnp.float32) / max(1, warmup_steps))
         highest = jnp.maximum(state.highest_rate, now)
         weights = state.weights + highest**2
         share = jnp.where(weights > 0, highest**2 / jnp.where(weights > 0, weights, 1.0), 0.0)
@@ -56,7 +58,9 @@ def schedule_free(
 
         updates = jax.tree.map(one, trained, state.z, own)
         z = jax.tree.map(lambda z, u: z - now * u, state.z, own)
-        return updates, State(count, highest, weights, state.beta1, z, direction_state)
+        return updates, State(
+            optax.ScaleByScheduleState(count), highest, weights, state.beta1, z, direction_state
+        )
 
     return optax.GradientTransformation(init, update)
 
@@ -68,6 +72,7 @@ def averaged(trained: Any, optimizer: Any) -> Any:
     beta1 = optimizer.beta1
 
     def one(y: jax.Array, z: jax.Array) -> jax.Array:
+        z = on_device(z) if is_on_host(z) else z
         return (z + (y.astype(jnp.float32) - z) / beta1).astype(y.dtype)
 
     return jax.tree.map(one, trained, optimizer.z)
