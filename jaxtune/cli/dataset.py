@@ -3,9 +3,10 @@
 import dataclasses
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from jaxtune.errors import DatasetError
+from jaxtune.errors import DatasetError, nearest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,19 @@ class Data:
         names = [named] if isinstance(named, str) else list(named)
         if len(names) != 1 or os.path.exists(names[0]) or names_files(names):
             return read_dataset(names)
+        _refuse_mistyped(Path(names[0]))
         return _from_hub(names[0], self.dataset_config, split)
+
+
+def _refuse_mistyped(path: Path) -> None:
+    """Rather a file than an id of the hub, if one beside it is called nearly so."""
+    hint = nearest(path.name, (each.name for each in path.parent.iterdir())) if path.parent.is_dir() else ""
+    if hint:
+        raise DatasetError(
+            f"there is no file {str(path)!r}.",
+            expected="a file with rows, or the id of a dataset on the hub.",
+            fix=f"Check the path.{hint}",
+        )
 
 
 def _from_hub(name: str, config: str | None, split: str) -> Any:

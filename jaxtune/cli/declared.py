@@ -106,7 +106,8 @@ class _Module:
                 for name, option in options.items()
             }
         call = _mirrors(node)
-        without_effect = self.evaluate(call.args[0]) if call is not None else {}
+        others = self.evaluate(call.args[0]) if call is not None else {}
+        without_effect = {name: neutral for name, neutral in others.items() if name not in options}
         aliases = self.evaluate(call.keywords[0].value) if call is not None and call.keywords else {}
         summary = (ast.get_docstring(node) or "").split("\n\n")[0]
         return Declared(title, " ".join(summary.split()), options, aliases, without_effect)

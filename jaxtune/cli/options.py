@@ -1,12 +1,12 @@
 """`jaxtune options`: every option of what mirrors another library, as Markdown. docs/options.md is what it prints."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated
 
 import tyro
 
 from jaxtune.cli import declared
-from jaxtune.cli.declared import REQUIRED, Declared
+from jaxtune.cli.declared import REQUIRED, Declared, Option
 from jaxtune.errors import OptionError, nearest
 from jaxtune.options import ANY
 
@@ -27,7 +27,7 @@ def options(name: Annotated[str | None, tyro.conf.Positional] = None) -> int:
     """
     found = {each.title: each for each in declared.read_all()}
     if name is None:
-        print("\n".join([HEAD, *map(table, found.values())]), end="")
+        print("\n".join((HEAD, *map(table, found.values()))), end="")
         return 0
     by_last_part = {title.split(".")[-1]: title for title in found}
     title = by_last_part.get(name, name)
@@ -35,44 +35,39 @@ def options(name: Annotated[str | None, tyro.conf.Positional] = None) -> int:
         raise OptionError(
             f"nothing is called {name!r}.",
             expected=f"one of {', '.join(found)}.",
-            fix=f"Correct it, or leave it out.{nearest(name, (*found, *by_last_part))}",
+            fix=f"Correct it, or leave it out.{nearest(name, {*found, *by_last_part})}",
         )
     print(table(found[title]), end="")
     return 0
 
 
 def table(each: Declared) -> str:
-    return "\n".join(_lines(each)) + "\n"
+    return "\n\n".join(_paragraphs(each)) + "\n"
 
 
-def _lines(each: Declared) -> Iterator[str]:
+def _paragraphs(each: Declared) -> Iterator[str]:
     yield f"## {each.title}"
-    yield ""
-    yield each.summary
-    yield ""
-    yield "| option | default | |"
-    yield "|---|---|---|"
-    for option in each.options.values():
-        default = "required" if option.default is REQUIRED else f"`{option.default!r}`"
-        yield f"| `{option.name}` | {default} | {option.meaning.replace('|', '\\|')} |"
-    yield ""
+    if each.summary:
+        yield each.summary
+    yield "\n".join(("| option | default | meaning |", "|---|---|---|", *map(_row, each.options.values())))
     if each.aliases:
-        yield f"Also by other names: {_list(f'`{other}` is `{name}`' for other, name in each.aliases.items())}."
-        yield ""
+        yield f"Other names: {_list(f'`{other}` for `{name}`' for other, name in each.aliases.items())}."
     free = [name for name, neutral in each.without_effect.items() if neutral is ANY]
     if free:
         yield f"Accepted, without effect: {_list(f'`{name}`' for name in free)}."
-        yield ""
     bound = {name: neutral for name, neutral in each.without_effect.items() if neutral is not ANY}
     if bound:
-        said = (f"`{name}={_or(neutral)}`" for name, neutral in bound.items())
-        yield f"Accepted with this value only: {_list(said)}."
-        yield ""
+        yield f"Accepted with this value only: {_list(f'`{name}={_or(bound[name])}`' for name in bound)}."
+
+
+def _row(option: Option) -> str:
+    default = "required" if option.default is REQUIRED else f"`{option.default!r}`"
+    return f"| `{option.name}` | {default} | {option.meaning.replace('|', '\\|')} |"
 
 
 def _or(neutral: object) -> str:
     return " or ".join(map(repr, neutral if isinstance(neutral, tuple) else (neutral,)))
 
 
-def _list(items: Iterator[str]) -> str:
+def _list(items: Iterable[str]) -> str:
     return ", ".join(items)

@@ -99,12 +99,16 @@ def size_text(size: float) -> str:
 
 
 def trained(folder: Path, history: Sequence[Mapping[str, float]], seconds: float, total_steps: int) -> None:
-    """What a run came to, where it lies, and what to type next."""
+    """What a run came to, and where it lies."""
     losses = [record["loss"] for record in history if "loss" in record]
     steps = int(max((record["step"] for record in history), default=0))
     fall = f": loss {losses[0]:.3f} -> {losses[-1]:.3f}" if losses else ""
-    title(f"{steps} of {total_steps} steps in {seconds:.0f} s{fall}")
+    title(f"{steps} of {total_steps} steps, in {seconds:.0f} s{fall}")
     files(folder, {name: use for name, use in RUN_FILES.items() if (folder / name).exists()})
+
+
+def what_next(folder: Path) -> None:
+    """What to type once an adapter is there."""
     say(
         "Next, in Python:\n"
         "  from jaxtune import FastLanguageModel\n"

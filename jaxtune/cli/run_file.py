@@ -2,6 +2,7 @@
 names the line."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +28,7 @@ class RunFile:
         lines = [
             f"line {line}"
             for name, line in self.lines.items()
-            if f"{name}=" in error.found and used[name] == self.values[name]
+            if re.search(rf"\b{name}=", error.found) and used[name] == self.values[name]
         ]
         if not lines:
             return error
@@ -39,29 +40,27 @@ def read(path: Path, among: Sequence[Section]) -> RunFile:
     found: Values = {}
     lines: dict[str, int] = {}
     for key, node, section in _entries(path, among):
-        name, line = str(key.value), key.start_mark.line + 1
-        where = f"line {line} of {path}"
-        named = _named(name, [section] if section else among)
-        if named is None:
-            _accept(name, node, section, among, where)
+        given, line = str(key.value), key.start_mark.line + 1
+        option = _named(given, [section] if section else among)
+        if option is None:
+            _let_pass(given, node, section, among, f"line {line} of {path}")
             continue
-        option = named
-        if option.name in found:
+        name = option.name
+        if name in found:
             _refuse(
-                f"{where}: {name} once more: line {lines[option.name]} has it already.",
+                f"line {line} of {path}: {name} once more; line {lines[name]} has it already.",
                 "every option once.",
                 "Remove one of the two lines.",
             )
         try:
-            found[option.name] = values.read(node, option.type)
+            found[name] = values.read(node, option.type)
         except values.Unreadable as error:
-            line = error.line or line
             _refuse(
-                f"line {line} of {path}: {name}: {error.found}.",
+                f"line {error.line} of {path}: {given} is {error.found}.",
                 f"{error.expected}.",
-                f"Correct {name}, or leave it out.",
+                f"Correct {given}, or leave it out.",
             )
-        lines[option.name] = line
+        lines[name] = line
     return RunFile(path, found, lines)
 
 
@@ -123,12 +122,11 @@ def _named(name: str, among: Sequence[Section]) -> Option | None:
     return next(own, None) or next(other, None)
 
 
-def _accept(
+def _let_pass(
     name: str, node: yaml.Node, section: Section | None, among: Sequence[Section], where: str
 ) -> None:
-    """A name without effect; raises if it is not one."""
-    searched = [section] if section else among
-    for each in searched:
+    """A name without effect, that is; any other is refused."""
+    for each in [section] if section else among:
         if name in each.declared.without_effect:
             try:
                 accept(each.declared.title, name, values.read(node, Any), each.declared.without_effect[name])
@@ -136,11 +134,11 @@ def _accept(
                 _refuse(f"{where}: {error.found}", error.expected, error.fix)
             return
     home = next((each.name for each in among if name in each.options), None)
-    known = [option for each in searched for option in each.options] + [each.name for each in among]
+    known = {option for each in among for option in each.options} | {each.name for each in among}
     _refuse(
         f"{where}: there is no option {name!r}{f' in the section {section.name}' if section else ''}.",
-        "an option of `jaxtune sft --help`.",
-        f"It belongs to the section {home}."
+        "an option that `jaxtune sft --help` lists.",
+        f"Put it in the section {home}."
         if home
         else f"Correct the name, or leave it out.{nearest(name, known)}",
     )

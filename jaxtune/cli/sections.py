@@ -79,7 +79,7 @@ def _group(section: Section, default: Mapping[str, Any]) -> type:
     for name, option in section.options.items():
         spec = PrimitiveConstructorSpec(
             nargs="*",
-            metavar="|".join(values.words(option.type)).upper(),
+            metavar="|".join(word.split()[-1].upper() for word in values.words(option.type)),
             instance_from_str=functools.partial(_read_words, option),
             is_instance=lambda value: True,
             str_from_instance=lambda value: [value if isinstance(value, str) else values.write(value)],
@@ -96,4 +96,4 @@ def _read_words(option: Option, said: Sequence[str]) -> Any:
     try:
         return values.read_words(said, option.type)
     except values.Unreadable as error:
-        raise ValueError(f"{' '.join(said)!r}: {error}") from None
+        raise ValueError(str(error)) from None  # which tyro shows, with the option

@@ -96,8 +96,9 @@ def train(given: Mapping[str, Any], dry_run: bool, again: str) -> int:
     from jaxtune.data.templates import get_chat_template
     from jaxtune.training import SFTConfig, SFTTrainer
 
-    args, data = SFTConfig(**TRAINING.of(given)), Data(**DATA.of(given))
-    folder = Path(given["output_dir"])
+    folder = Path(given["output_dir"]).expanduser()
+    args = SFTConfig(**TRAINING.of(given) | {"output_dir": str(folder)})
+    data = Data(**DATA.of(given))
     if not any(folder.glob("checkpoint-*")):  # now, not when a large model is loaded
         refuse_strangers(folder, marker="metrics.jsonl")
     train_dataset, eval_dataset = data.load()
@@ -128,9 +129,11 @@ def train(given: Mapping[str, Any], dry_run: bool, again: str) -> int:
     trainer.save_model()
     report.trained(folder, trainer.log_history, result.metrics["train_runtime"], total_steps)
     if is_whole:
+        report.what_next(folder)
         return 0
-    resume = "" if "--resume-from-checkpoint" in again else " --resume-from-checkpoint True"
-    report.say(f"To go on: {again}{resume}")
+    if any(folder.glob("checkpoint-*")):
+        resume = "" if "--resume-from-checkpoint" in again else " --resume-from-checkpoint True"
+        report.say(f"To go on: {again}{resume}")
     return INTERRUPTED
 
 

@@ -27,14 +27,14 @@ class Unreadable(Exception):
         kinds = {yaml.SequenceNode: "a list", yaml.MappingNode: "a mapping"}
         self.found = kinds.get(type(node), repr(node.value))
         self.expected = " or ".join(words(type_))
-        self.line = node.start_mark.line + 1 if node.start_mark else None
+        self.line = node.start_mark and node.start_mark.line + 1
         super().__init__(f"{self.found} is not {self.expected}")
 
 
 def can_be_written(type_: Any) -> bool:
     """Whether values of this type have a form as text, as functions and models have not."""
     return type_ is Any or all(
-        kind in (type(None), bool, int, float, str, Path) or _is_list(kind) or _is_mapping(kind)
+        kind in (None, bool, int, float, str, Path) or _is_list(kind) or _is_mapping(kind)
         for kind in _alternatives(type_)
     )
 
@@ -77,8 +77,8 @@ def write(value: Any) -> str:
 
 
 def words(type_: Any) -> list[str]:
-    """What a value of the type may be: `float | None` -> ["number", "null"]."""
-    return ["value"] if type_ is Any else [_word(kind) for kind in _alternatives(type_)]
+    """What a value of the type may be: `float | None` -> ["a number", "null"]."""
+    return ["any value"] if type_ is Any else [_word(kind) for kind in _alternatives(type_)]
 
 
 def _node(word: str) -> yaml.Node:
@@ -95,9 +95,10 @@ def _plain(word: str) -> yaml.Node:
 
 
 def _alternatives(type_: Any) -> tuple[Any, ...]:
-    if typing.get_origin(type_) in (types.UnionType, typing.Union):
-        return typing.get_args(type_)
-    return (type(None) if type_ is None else type_,)
+    is_union = typing.get_origin(type_) in (types.UnionType, typing.Union)
+    return tuple(
+        None if kind is type(None) else kind for kind in (typing.get_args(type_) if is_union else (type_,))
+    )
 
 
 def _is_list(kind: Any) -> bool:
@@ -110,12 +111,17 @@ def _is_mapping(kind: Any) -> bool:
 
 def _word(kind: Any) -> str:
     if _is_list(kind):
-        return "list"
+        return "a list"
     if _is_mapping(kind):
-        return "mapping"
-    return {type(None): "null", bool: "true|false", int: "integer", float: "number", Path: "path"}.get(
-        kind, "text"
-    )
+        return "a mapping"
+    return {
+        None: "null",
+        bool: "true|false",
+        int: "an integer",
+        float: "a number",
+        Path: "a path",
+        str: "a text",
+    }[kind]
 
 
 def _null(text: str) -> None:
@@ -134,6 +140,6 @@ def _number(text: str) -> float:
     return int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
 
 
-_PLAIN = ((type(None), _null), (bool, _truth), (int, int), (float, _number))
+_PLAIN = ((None, _null), (bool, _truth), (int, int), (float, _number))
 _TEXTS = ((str, str), (Path, Path))
 _SCALAR, _SEQUENCE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:seq"
