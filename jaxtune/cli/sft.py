@@ -125,7 +125,8 @@ def train(given: Mapping[str, Any], dry_run: bool, again: str) -> int:
         result = trainer.train()
     is_whole = result.global_step >= total_steps
     if is_whole and eval_dataset is not None:
-        log.info("evaluated: %s", ", ".join(f"{k} {v:.4f}" for k, v in trainer.evaluate().items()))
+        losses = {name: value for name, value in trainer.evaluate().items() if name.endswith("loss")}
+        log.info("evaluated: %s", ", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
     trainer.save_model()
     report.trained(folder, trainer.log_history, result.metrics["train_runtime"], total_steps)
     if is_whole:
