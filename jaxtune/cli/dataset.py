@@ -20,7 +20,7 @@ class Data:
     dataset_split: str = "train"
     """Which split of a hub's dataset; train[:1000] are its first thousand rows."""
     eval_dataset: Sequence[str] | str | None = None
-    """What the loss is taken of at the end, and during the run as eval_strategy says; files, or an id."""
+    """What the loss is taken of, during the run as eval_strategy says, or else at its end; files, or an id."""
     eval_split: str = "test"
     """Which split of it, if it is a hub's."""
     chat_template: str | None = None

@@ -60,7 +60,7 @@ def read_all() -> list[Declared]:
     found = [
         read(module, title)
         for path in sorted(PACKAGE.rglob("*.py"))
-        if "\n@mirrors(" in (text := path.read_text(encoding="utf-8")) or "    @mirrors(" in text
+        if "@mirrors(" in path.read_text(encoding="utf-8")
         for module in [".".join(("jaxtune", *path.relative_to(PACKAGE).with_suffix("").parts))]
         for title in _module(module).mirrored()
     ]
@@ -93,7 +93,7 @@ class _Module:
         node = self._definition(title)
         if isinstance(node, ast.FunctionDef):
             options = self._arguments(node)
-        elif any(ast.unparse(each).startswith("dataclasses.dataclass") for each in node.decorator_list):
+        elif any(re.match(r"(dataclasses\.)?dataclass\b", ast.unparse(each)) for each in node.decorator_list):
             options = self._fields(node)
         else:
             options = self._arguments(self._definition(f"{title}.__init__"))
@@ -105,12 +105,13 @@ class _Module:
                 else option
                 for name, option in options.items()
             }
-        call = _mirrors(node)
-        others = self.evaluate(call.args[0]) if call is not None else {}
+        mirrored = {name: self.evaluate(value) for name, value in (_mirrors(node) or {}).items()}
+        others = mirrored.get("without_effect", {})
         without_effect = {name: neutral for name, neutral in others.items() if name not in options}
-        aliases = self.evaluate(call.keywords[0].value) if call is not None and call.keywords else {}
         summary = (ast.get_docstring(node) or "").split("\n\n")[0]
-        return Declared(title, " ".join(summary.split()), options, aliases, without_effect)
+        return Declared(
+            title, " ".join(summary.split()), options, mirrored.get("aliases", {}), without_effect
+        )
 
     def _definition(self, title: str) -> Any:
         first, *rest = title.split(".")
@@ -192,10 +193,13 @@ def _names_of(statement: ast.stmt) -> list[str]:
     return []
 
 
-def _mirrors(node: ast.ClassDef | ast.FunctionDef) -> ast.Call | None:
-    """The call of `mirrors` that decorates it."""
-    calls = (each for each in node.decorator_list if isinstance(each, ast.Call))
-    return next((call for call in calls if ast.unparse(call.func) == "mirrors"), None)
+def _mirrors(node: ast.ClassDef | ast.FunctionDef) -> dict[str, ast.expr] | None:
+    """What `mirrors` is given, if it decorates this."""
+    for each in node.decorator_list:
+        if isinstance(each, ast.Call) and ast.unparse(each.func) == "mirrors":
+            by_place = dict(zip(("without_effect", "aliases"), each.args, strict=False))
+            return by_place | {str(keyword.arg): keyword.value for keyword in each.keywords}
+    return None
 
 
 def _meanings(docstring: str) -> dict[str, str]:

@@ -107,6 +107,11 @@ def trained(folder: Path, history: Sequence[Mapping[str, float]], seconds: float
     files(folder, {name: use for name, use in RUN_FILES.items() if (folder / name).exists()})
 
 
+def evaluated(metrics: Mapping[str, float]) -> None:
+    losses = {name: value for name, value in metrics.items() if name.endswith("loss")}
+    say("Evaluated: " + ", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
+
+
 def what_next(folder: Path) -> None:
     """What to type once an adapter is there."""
     say(

@@ -18,9 +18,6 @@ from jaxtune.cli.run_file import RunFile
 from jaxtune.cli.sections import Values
 from jaxtune.errors import JaxtuneError, OptionError
 from jaxtune.folders import refuse_strangers
-from jaxtune.log import get_logger
-
-log = get_logger(__name__)
 
 INTERRUPTED = 130
 """The exit status of a run that was stopped by Ctrl-C, as shells have it."""
@@ -124,12 +121,11 @@ def train(given: Mapping[str, Any], dry_run: bool, again: str) -> int:
     with interrupt.heard():
         result = trainer.train()
     is_whole = result.global_step >= total_steps
-    if is_whole and eval_dataset is not None:
-        losses = {name: value for name, value in trainer.evaluate().items() if name.endswith("loss")}
-        log.info("evaluated: %s", ", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
     trainer.save_model()
     report.trained(folder, trainer.log_history, result.metrics["train_runtime"], total_steps)
     if is_whole:
+        if eval_dataset is not None and args.eval_strategy == "no":
+            report.evaluated(trainer.evaluate())
         report.what_next(folder)
         return 0
     if any(folder.glob("checkpoint-*")):
@@ -155,7 +151,7 @@ def _require(given: Mapping[str, Any]) -> None:
 
 
 def _option(argument: str) -> str:
-    """ "--model-name=x" -> "model_name"."""
+    """Which one it names: `--model-name=x` -> model_name."""
     return argument.partition("=")[0].removeprefix("--").replace("-", "_")
 
 

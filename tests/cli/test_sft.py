@@ -332,10 +332,11 @@ def test_a_second_ctrl_c_ends_at_once(here, capsys, monkeypatch):
     assert not (here / "outputs" / "adapter_model.safetensors").exists()
 
 
-def test_an_adapter_is_trained_on(here):
+def test_an_adapter_is_trained_on(here, capsys):
     """With the settings that it has, unless others are asked for, which is an error."""
     steps = ["--dataset", "mine.jsonl", *QUICK, "--max-steps", "1"]
-    assert run(*steps, "--save-strategy", "no") == 0
+    assert run(*steps, "--save-strategy", "no", "--eval-dataset", "held.jsonl") == 0
+    assert "Evaluated: eval_loss " in capsys.readouterr().out
     default = [each for each in steps if each not in ("--r", "4")]
     again = ["sft", "--model-name", "outputs", *default, "--output-dir", "more"]
     assert main(again) == 0
