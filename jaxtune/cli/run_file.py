@@ -40,7 +40,7 @@ def read(path: Path, among: Sequence[Section]) -> RunFile:
     found: Values = {}
     lines: dict[str, int] = {}
     for key, node, section in _entries(path, among):
-        given, line = str(key.value), key.start_mark.line + 1
+        given, line = key.value, key.start_mark.line + 1
         option = _named(given, [section] if section else among)
         if option is None:
             _let_pass(given, node, section, among, f"line {line} of {path}")
@@ -60,6 +60,8 @@ def read(path: Path, among: Sequence[Section]) -> RunFile:
                 f"{error.expected}.",
                 f"Correct {given}, or leave it out.",
             )
+        except RecursionError:
+            _refuse(f"line {line} of {path}: {given} is a part of itself.", "a value.", f"Correct {given}.")
         lines[name] = line
     return RunFile(path, found, lines)
 
@@ -67,13 +69,15 @@ def read(path: Path, among: Sequence[Section]) -> RunFile:
 def _entries(path: Path, among: Sequence[Section]) -> Iterator[tuple[yaml.Node, yaml.Node, Section | None]]:
     """(name, value, section), whatever the section is written in."""
     by_name = {section.name: section for section in among}
-    for key, node in _mapping(_root(path), f"{path} holds", path).value:
-        section = by_name.get(str(key.value))
+    for key, node in _pairs(_root(path), f"{path} holds"):
+        section = by_name.get(key.value)
         if section is None:
             yield key, node, None
             continue
         where = f"line {key.start_mark.line + 1} of {path}: the section {section.name} is"
-        for inner, value in _mapping(node, where, path).value:
+        is_text = isinstance(node, yaml.ScalarNode) and node.value
+        hint = f" Did you mean `{next(iter(section.options))}: {node.value}`?" if is_text else ""
+        for inner, value in _pairs(node, where, hint):
             yield inner, value, section
 
 
@@ -96,18 +100,18 @@ def _root(path: Path) -> yaml.Node | None:
         _refuse(f"{where} is not YAML: {problem}.", "lines such as `learning_rate: 2e-4`.", "Correct it.")
 
 
-def _mapping(node: yaml.Node | None, what: str, path: Path) -> yaml.MappingNode:
+def _pairs(node: yaml.Node | None, what: str, hint: str = "") -> list[tuple[yaml.Node, yaml.Node]]:
+    """A mapping's, whose keys are names."""
+    strange = node
     if isinstance(node, yaml.MappingNode):
-        return node
-    kind = (
-        "a list" if isinstance(node, yaml.SequenceNode) else f"the text {node.value!r}" if node else "nothing"
-    )
-    if isinstance(node, yaml.ScalarNode) and node.value == "":
-        kind = "nothing"
+        strange = next((key for key, _ in node.value if not isinstance(key, yaml.ScalarNode)), None)
+        if strange is None:
+            return node.value
+        what += " a mapping in which a name is"
     _refuse(
-        f"{what} {kind}.",
+        f"{what} {values.kind_of(strange)}.",
         "options by their names, such as `learning_rate: 2e-4`; those of a section indented beneath its name.",
-        "Correct the file; `jaxtune sft --print-config` shows what one looks like.",
+        f"Correct the file; `jaxtune sft --print-config` shows what one looks like.{hint}",
     )
 
 

@@ -24,11 +24,17 @@ class Unreadable(Exception):
     """A value, or a part of it, that is none of its type."""
 
     def __init__(self, node: yaml.Node, type_: Any):
-        kinds = {yaml.SequenceNode: "a list", yaml.MappingNode: "a mapping"}
-        self.found = kinds.get(type(node), repr(node.value))
+        self.found = kind_of(node)
         self.expected = " or ".join(words(type_))
         self.line = node.start_mark and node.start_mark.line + 1
         super().__init__(f"{self.found} is not {self.expected}")
+
+
+def kind_of(node: yaml.Node | None) -> str:
+    """What an error calls it."""
+    if isinstance(node, yaml.SequenceNode | yaml.MappingNode):
+        return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+    return f"the text {node.value!r}" if node and node.value else "nothing"
 
 
 def can_be_written(type_: Any) -> bool:
