@@ -4,7 +4,7 @@ what is a mistake. A name without effect is accepted with one line; any other un
 import functools
 import inspect
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from jaxtune.errors import OptionError, nearest
@@ -38,7 +38,7 @@ def mirrors(without_effect: Mapping[str, Any], aliases: Mapping[str, str] | None
                     given[name] = given.pop(other)
             for name in [name for name in given if name not in own]:
                 if name not in without_effect:
-                    raise _unknown(title, name, [*own, *(aliases or ()), *without_effect])
+                    raise _unknown(title, name, own, (*(aliases or ()), *without_effect))
                 accept(title, name, given.pop(name), without_effect[name])
             return function(*args, **given)
 
@@ -61,9 +61,10 @@ def accept(title: str, name: str, value: Any, neutral: Any) -> None:
         )
 
 
-def _unknown(title: str, name: str, known: list[str]) -> OptionError:
+def _unknown(title: str, name: str, own: Iterable[str], others: Iterable[str]) -> OptionError:
+    hint = nearest(name, [each for each in own if each != "self"]) or nearest(name, others)
     return OptionError(
         f"{title} has no option {name!r}.",
         expected=f"one of those that `jaxtune options {title}` lists.",
-        fix=f"Correct the name, or leave it out.{nearest(name, [each for each in known if each != 'self'])}",
+        fix=f"Correct the name, or leave it out.{hint}",
     )

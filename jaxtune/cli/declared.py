@@ -157,14 +157,23 @@ class _Module:
         return Option(name, written, default, " ".join(inspect.cleandoc(meaning).split()), self.name)
 
     def evaluate(self, node: ast.expr) -> Any:
-        """An expression's value. Names of our own are looked up in the sources, unless they are there already."""
+        """An expression's value."""
+        return eval(ast.unparse(node), self._names_in(node))
+
+    def _names_in(self, node: ast.AST) -> dict[str, Any]:
+        """What the names mean that it uses."""
         used = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
-        return eval(ast.unparse(node), {name: self._value(name) for name in used if name in self.where})
+        return {name: self._value(name) for name in used if name in self.where}
 
     def _value(self, name: str) -> Any:
+        """Of our own modules, only those are imported that are already, and those that define a class."""
         statement = self.where[name]
         if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
             return self.evaluate(statement.value)
+        if isinstance(statement, ast.FunctionDef):
+            names = self._names_in(statement)
+            exec(ast.unparse(statement), names)
+            return names[name]
         if isinstance(statement, ast.Import):
             return importlib.import_module(name)
         if isinstance(statement, ast.ImportFrom):

@@ -98,12 +98,12 @@ def size_text(size: float) -> str:
     return f"{size:.1f} GB"
 
 
-def trained(folder: Path, history: Sequence[Mapping[str, float]], seconds: float, total_steps: int) -> None:
+def trained(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
     """What a run came to, and where it lies."""
     losses = [record["loss"] for record in history if "loss" in record]
-    steps = int(max((record["step"] for record in history), default=0))
-    fall = f": loss {losses[0]:.3f} -> {losses[-1]:.3f}" if losses else ""
-    title(f"{steps} of {total_steps} steps, in {seconds:.0f} s{fall}")
+    if losses:
+        steps = max(record["step"] for record in history)
+        title(f"{steps:.0f} steps: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     files(folder, {name: use for name, use in RUN_FILES.items() if (folder / name).exists()})
 
 

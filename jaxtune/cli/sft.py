@@ -19,8 +19,6 @@ from jaxtune.cli.sections import Values
 from jaxtune.errors import JaxtuneError, OptionError
 from jaxtune.folders import refuse_strangers
 
-INTERRUPTED = 130
-"""The exit status of a run that was stopped by Ctrl-C, as shells have it."""
 MODEL, LORA, DATA, TRAINING = SECTIONS = sections.sections(
     known=("model",),
     model=declared.read("jaxtune.api", "FastLanguageModel.from_pretrained"),
@@ -68,7 +66,7 @@ def command(arguments: Sequence[str]) -> Callable[..., int]:
             dry_run: Load and tokenise, show a sample and how many steps there are, and train nothing.
 
         Returns:
-            0, or 130 if it was stopped by Ctrl-C.
+            0.
         """
         given = sections.parsed(run)
         try:
@@ -88,7 +86,6 @@ def command(arguments: Sequence[str]) -> Callable[..., int]:
 def train(given: Mapping[str, Any], dry_run: bool, again: str) -> int:
     """`again` is the command that runs this."""
     from jaxtune.api import FastLanguageModel
-    from jaxtune.cli.interrupt import Interrupt
     from jaxtune.data.masking import train_on_responses_only
     from jaxtune.data.templates import get_chat_template
     from jaxtune.training import SFTConfig, SFTTrainer
@@ -105,33 +102,32 @@ def train(given: Mapping[str, Any], dry_run: bool, again: str) -> int:
         model = FastLanguageModel.get_peft_model(model, **LORA.of(given))
     if data.chat_template is not None:
         tokenizer = get_chat_template(tokenizer, data.chat_template)
-    interrupt = Interrupt()
     trainer = SFTTrainer(
-        model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, tokenizer=tokenizer,
-        callbacks=[interrupt],
-    )  # fmt: skip
+        model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, tokenizer=tokenizer
+    )
     if data.train_on_responses_only:
         trainer = train_on_responses_only(trainer)
-    total_steps = args.total_steps(trainer.batches().steps_per_epoch)
     if dry_run:
         trainer.preview()
-        print(f"{len(trainer.samples)} samples, {total_steps} steps; nothing was trained")
+        steps = args.total_steps(trainer.batches().steps_per_epoch)
+        print(f"{len(trainer.samples)} samples, {steps} steps; nothing was trained")
         return 0
 
-    with interrupt.heard():
-        result = trainer.train()
-    is_whole = result.global_step >= total_steps
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        trainer.save_model()
+        report.trained(folder, trainer.log_history)
+        if any(folder.glob("checkpoint-*")):
+            resume = "" if "--resume-from-checkpoint" in again else " --resume-from-checkpoint True"
+            report.say(f"To go on: {again}{resume}")
+        raise
     trainer.save_model()
-    report.trained(folder, trainer.log_history, result.metrics["train_runtime"], total_steps)
-    if is_whole:
-        if eval_dataset is not None and args.eval_strategy == "no":
-            report.evaluated(trainer.evaluate())
-        report.what_next(folder)
-        return 0
-    if any(folder.glob("checkpoint-*")):
-        resume = "" if "--resume-from-checkpoint" in again else " --resume-from-checkpoint True"
-        report.say(f"To go on: {again}{resume}")
-    return INTERRUPTED
+    report.trained(folder, trainer.log_history)
+    if eval_dataset is not None and args.eval_strategy == "no":
+        report.evaluated(trainer.evaluate())
+    report.what_next(folder)
+    return 0
 
 
 def _require(given: Mapping[str, Any]) -> None:
