@@ -38,7 +38,7 @@ def mirrors(without_effect: Mapping[str, Any], aliases: Mapping[str, str] | None
                     given[name] = given.pop(other)
             for name in [name for name in given if name not in own]:
                 if name not in without_effect:
-                    raise _unknown(title, name, own, (*(aliases or ()), *without_effect))
+                    raise _unknown(title, name, [*own, *(aliases or ()), *without_effect])
                 accept(title, name, given.pop(name), without_effect[name])
             return function(*args, **given)
 
@@ -61,10 +61,9 @@ def accept(title: str, name: str, value: Any, neutral: Any) -> None:
         )
 
 
-def _unknown(title: str, name: str, own: Iterable[str], others: Iterable[str]) -> OptionError:
-    hint = nearest(name, [each for each in own if each != "self"]) or nearest(name, others)
+def _unknown(title: str, name: str, known: Iterable[str]) -> OptionError:
     return OptionError(
         f"{title} has no option {name!r}.",
         expected=f"one of those that `jaxtune options {title}` lists.",
-        fix=f"Correct the name, or leave it out.{hint}",
+        fix=f"Correct the name, or leave it out.{nearest(name, [each for each in known if each != 'self'])}",
     )
