@@ -124,8 +124,8 @@ class _Module:
         """A dataclass', with those of its bases first."""
         options: dict[str, Option] = {}
         for base in node.bases:
-            name = ast.unparse(base)
-            options |= self._home(name)._fields(self._home(name).where[name])  # type: ignore[arg-type]
+            module, definition = self._class(ast.unparse(base))
+            options |= module._fields(definition)
         for field, after in zip(node.body, [*node.body[1:], None], strict=True):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 value = REQUIRED if field.value is None else self.evaluate(field.value)
@@ -175,24 +175,26 @@ class _Module:
             exec(ast.unparse(statement), names)
             return names[name]
         if isinstance(statement, ast.Import):
-            return importlib.import_module(name)
+            return importlib.import_module(_origin(statement, name))
         if isinstance(statement, ast.ImportFrom):
-            origin = str(statement.module)
-            if not origin.startswith("jaxtune.") or origin in sys.modules:
-                return getattr(importlib.import_module(origin), name)
-            return _module(origin)._value(name)
+            module, there = str(statement.module), _origin(statement, name)
+            if not module.startswith("jaxtune.") or module in sys.modules:
+                return getattr(importlib.import_module(module), there)
+            return _module(module)._value(there)
         return getattr(importlib.import_module(self.name), name)
 
-    def _home(self, name: str) -> "_Module":
-        """The module in which a name is defined."""
+    def _class(self, name: str) -> tuple["_Module", Any]:
+        """A class, and the module that defines it."""
         statement = self.where[name]
-        return _module(str(statement.module))._home(name) if isinstance(statement, ast.ImportFrom) else self
+        if isinstance(statement, ast.ImportFrom):
+            return _module(str(statement.module))._class(_origin(statement, name))
+        return self, statement
 
 
 def _names_of(statement: ast.stmt) -> list[str]:
     match statement:
         case ast.Import() | ast.ImportFrom():
-            return [each.asname or each.name for each in statement.names]
+            return [each.asname or each.name.split(".")[0] for each in statement.names]
         case ast.ClassDef() | ast.FunctionDef():
             return [statement.name]
         case ast.Assign():
@@ -200,6 +202,11 @@ def _names_of(statement: ast.stmt) -> list[str]:
         case ast.AnnAssign(target=ast.Name(id=name)):
             return [name]
     return []
+
+
+def _origin(statement: ast.Import | ast.ImportFrom, name: str) -> str:
+    """What a name is called where it is imported from."""
+    return next((each.name for each in statement.names if each.asname == name), name)
 
 
 def _mirrors(node: ast.ClassDef | ast.FunctionDef) -> dict[str, ast.expr] | None:

@@ -98,7 +98,8 @@ def train(given: Mapping[str, Any], dry_run: bool, again: str) -> int:
     train_dataset, eval_dataset = data.load()
 
     model, tokenizer = FastLanguageModel.from_pretrained(**MODEL.of(given))
-    if model.lora is None or LORA.of(given) != LORA.of(DEFAULTS):  # an adapter is trained on as it is
+    wants_adapter = sections.as_file([LORA], given) != sections.as_file([LORA], DEFAULTS)
+    if model.lora is None or wants_adapter:  # one that is there is trained on as it is
         model = FastLanguageModel.get_peft_model(model, **LORA.of(given))
     if data.chat_template is not None:
         tokenizer = get_chat_template(tokenizer, data.chat_template)
@@ -116,8 +117,9 @@ def train(given: Mapping[str, Any], dry_run: bool, again: str) -> int:
     try:
         trainer.train()
     except KeyboardInterrupt:
-        trainer.save_model()
-        report.trained(folder, trainer.log_history)
+        if trainer.log_history:
+            trainer.save_model()
+            report.trained(folder, trainer.log_history)
         if any(folder.glob("checkpoint-*")):
             resume = "" if "--resume-from-checkpoint" in again else " --resume-from-checkpoint True"
             report.say(f"To go on: {again}{resume}")

@@ -45,6 +45,7 @@ def run(*arguments):
 
 def printed(capsys, *arguments):
     """The run that the arguments mean, as a file."""
+    capsys.readouterr()
     assert main(["sft", *arguments, "--print-config"]) == 0
     return capsys.readouterr().out
 
@@ -335,4 +336,6 @@ def test_an_adapter_is_trained_on(here, capsys):
     again = ["sft", "--model-name", "outputs", *default, "--output-dir", "more"]
     assert main(again) == 0
     assert json.loads((here / "more" / "adapter_config.json").read_text())["r"] == 4
+    (here / "again.yaml").write_text(printed(capsys, *again[1:]))
+    assert main(["sft", "--config", "again.yaml", "--dry-run"]) == 0
     assert main([*again, "--r", "8"]) == 1
