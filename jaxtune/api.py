@@ -96,20 +96,34 @@ class FastLanguageModel:
     ) -> tuple[LanguageModel, Any]:
         """(model, tokenizer) from a hub id, a folder, or a PEFT adapter's id or folder (its base is found and loaded).
 
-        Weights are packed in NF4 with double quantisation, unless one other precision is asked for: `load_in_8bit`
-        (int8), `load_in_fp8` (True: a scale a row; "block": one for 128 x 128), `load_in_16bit` or
-        `load_in_4bit=False` (as they are, in `dtype`), or `quantization_config`, transformers' BitsAndBytesConfig or a
-        dict of its names, for plain NF4 and FP4. A bitsandbytes checkpoint stays as it is.
+        Weights are packed in NF4 with double quantisation unless one other precision is asked for, by one of
+        `load_in_8bit`, `load_in_fp8`, `load_in_16bit`, `load_in_4bit=False` and `quantization_config`. A bitsandbytes
+        checkpoint stays as it is.
 
-        `full_finetuning=True` is for training every weight instead of an adapter. They are kept in `dtype`, in bfloat16
-        rounded by chance as they are trained; or with `float32_mixed_precision=True` in float32, and computed with in
-        `dtype`.
-
-        `offload_embedding=True` leaves the table of an embedding that is no head as well in the host's memory, from
-        where the device reads the rows that it needs; "auto" does where it would take a twentieth of the device's.
-
-        `dtype=None` is bfloat16 on a GPU, float32 on a CPU. `max_seq_length=None` is 2048, or what the model was
-        trained for if that is less; beyond that, the rotary embedding of a model without scaling is stretched."""
+        Args:
+            model_name: The hub id, or the folder.
+            max_seq_length: The longest sequence. None is 2048, or what the model was trained for if that is less;
+                beyond that, the rotary embedding of a model without scaling is stretched.
+            dtype: What is computed in, and what unpacked weights are kept in. None is bfloat16 on a GPU, float32 on a
+                CPU.
+            load_in_4bit: False leaves the weights as they are, in `dtype`; True says what None does, and that no other
+                precision is meant.
+            load_in_8bit: Pack them as int8.
+            load_in_16bit: Leave them as they are, in `dtype`.
+            load_in_fp8: Pack them as float8: True with a scale a row, "block" with one for 128 x 128.
+            quantization_config: transformers' BitsAndBytesConfig, or a dict of its names: for plain NF4, and FP4.
+            full_finetuning: For training every weight instead of an adapter. They are kept in `dtype`, in bfloat16
+                rounded by chance as they are trained.
+            float32_mixed_precision: With full_finetuning, keep them in float32, and compute in `dtype`.
+            token: The hub's, for models that are gated; None is huggingface_hub's own.
+            revision: A branch, tag or commit of the hub's model.
+            cache_dir: Where the hub's files are kept; None is where huggingface_hub keeps them.
+            local_files_only: Take the hub's files from there, and ask nobody.
+            use_gradient_checkpointing: What a training step computes again: True, False, a level of training.remat, or
+                "unsloth", the fastest level that fits.
+            offload_embedding: Leave the table of an embedding that is no head as well in the host's memory, from where
+                the device reads the rows that it needs; "auto" does where it would take a twentieth of the device's.
+        """
         precision = choose_precision(
             load_in_4bit=load_in_4bit,
             load_in_8bit=load_in_8bit,
@@ -213,11 +227,18 @@ class FastLanguageModel:
         ensure_weight_tying: bool = False,
     ) -> LanguageModel:
         """The same base with a fresh adapter, which changes nothing until it is trained. Options are PEFT's, and
-        `LoraConfig` documents them.
+        `LoraConfig` documents those that are not here.
 
-        As in Unsloth, `embed_tokens` and `lm_head` among a list of `target_modules` are trained whole, and
-        `finetune_last_n_layers` leaves the earlier layers alone. As in PEFT, a regular expression that matches those
-        two gives them low-rank adapters."""
+        As in Unsloth, `embed_tokens` and `lm_head` among a list of `target_modules` are trained whole. As in PEFT, a
+        regular expression that matches those two gives them low-rank adapters.
+
+        Args:
+            model: As from_pretrained returns it.
+            use_gradient_checkpointing: As in from_pretrained; None leaves what was said there.
+            random_state: The seed of the adapter; None is 3407.
+            loftq_config: PEFT's LoftQConfig, or a dict: 4 bits and one iteration, the only ones there are.
+            finetune_last_n_layers: Leave the layers before the last n alone.
+        """
         if random_state is not None and type(random_state) is not int:
             raise OptionError(
                 f"random_state={random_state!r}.",

@@ -104,11 +104,20 @@ class LanguageModel:
         pad_token_id: int | None = None,
         seed: int | None = None,
     ) -> np.ndarray:
-        """Prompts [B, P] (an array, a torch tensor, nested lists, or a tokenizer's output; or one prompt [P]) -> ids
-        [B, P + new], as transformers' `generate`: the prompt as it was given, then the new tokens, padded on the right.
+        """Prompts [B, P] -> ids [B, P + new], as transformers' `generate`: the prompt as it was given, then the new
+        tokens, padded on the right.
 
-        Without a `seed`, each call samples anew. Generation ends at `eos_token_id`, or else at the tokens that the
-        model's files and its tokenizer, as it is now, call an end."""
+        Args:
+            input_ids: An array, a torch tensor, nested lists, or a tokenizer's output; or one prompt [P].
+            attention_mask: 0 for what is padding; None takes it from the tokens.
+            max_new_tokens: How many there may be.
+            do_sample: Sample, instead of taking the likeliest token.
+            temperature: Of the sampling.
+            eos_token_id: What ends a generation; None is what the model's files and its tokenizer, as it is now, call
+                an end.
+            pad_token_id: What the ids are padded with; None is the tokenizer's.
+            seed: Of the sampling; None samples anew at each call.
+        """
         if isinstance(input_ids, Mapping):
             input_ids, attention_mask = input_ids["input_ids"], input_ids.get("attention_mask")
         rows = _rows(input_ids)
@@ -145,8 +154,13 @@ class LanguageModel:
 
     @mirrors({"safe_serialization": True, "push_to_hub": False})
     def save_pretrained(self, save_directory: str | Path, tokenizer: Any = None) -> None:
-        """Writes the adapter as a PEFT folder (and the tokenizer, if given). A model without one is written whole, as
-        transformers would: packed weights as a bitsandbytes checkpoint, others as the original's."""
+        """Writes the adapter as a PEFT folder. A model without one is written whole, as transformers would: packed
+        weights as a bitsandbytes checkpoint, others as the original's.
+
+        Args:
+            save_directory: The folder.
+            tokenizer: What is saved with it; None saves none.
+        """
         if self.lora is None or self.causal_lm.lora_config is None:
             if any(map(_is_packed, jax.tree.leaves(self.params, is_leaf=_is_packed))):
                 folder, saved = self.original_folder(), self._saved_tokenizer(tokenizer)
@@ -174,8 +188,16 @@ class LanguageModel:
         max_shard_size: int | str = "5GB",
         token: str | None = None,
     ) -> None:
-        """Writes the original weights with the adapter merged in, as a Hugging Face folder; `save_method="lora"` writes
-        the adapter alone. What a 4-bit model was trained on differs from its merge by NF4's error."""
+        """Writes the original weights with the adapter merged in, as a Hugging Face folder. What a 4-bit model was
+        trained on differs from its merge by NF4's error.
+
+        Args:
+            save_directory: The folder.
+            tokenizer: What is saved with it; None saves none.
+            save_method: "merged_16bit"; or "lora", which writes the adapter alone.
+            max_shard_size: The most that one file of weights holds.
+            token: The hub's, to fetch original weights that are gated.
+        """
         if save_method == "lora":
             if self.full_finetuning:
                 raise AdapterError(
@@ -211,7 +233,14 @@ class LanguageModel:
         token: str | None = None,
     ) -> list[Path]:
         """Writes `<save_directory>_gguf/`: the merged model as GGUF, a file for each of f32, f16, bf16, q8_0 that was
-        asked for, and a Modelfile for Ollama. `tokenizer=None` is the one that was loaded with the model."""
+        asked for, and a Modelfile for Ollama.
+
+        Args:
+            save_directory: The folder's name, without its ending.
+            tokenizer: Whose vocabulary and template the file has; None is the one loaded with the model.
+            quantization_method: One of the types, or several; "fast_quantized" is q8_0.
+            token: The hub's, to fetch original weights that are gated.
+        """
         check_methods(quantization_method)
         return save_gguf(
             save_directory,

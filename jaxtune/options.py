@@ -4,7 +4,7 @@ what is a mistake. A name without effect is accepted with one line; any other un
 import functools
 import inspect
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from jaxtune.errors import OptionError, nearest
@@ -36,9 +36,10 @@ def mirrors(without_effect: Mapping[str, Any], aliases: Mapping[str, str] | None
             for other, name in (aliases or {}).items():
                 if other in given:
                     given[name] = given.pop(other)
-            extra = {name: given.pop(name) for name in list(given) if name not in own}
-            for name, value in extra.items():
-                _accept_or_raise(title, name, value, own, without_effect)
+            for name in [name for name in given if name not in own]:
+                if name not in without_effect:
+                    raise _unknown(title, name, [*own, *(aliases or ()), *without_effect])
+                accept(title, name, given.pop(name), without_effect[name])
             return function(*args, **given)
 
         return wrapper  # type: ignore[return-value]
@@ -46,17 +47,8 @@ def mirrors(without_effect: Mapping[str, Any], aliases: Mapping[str, str] | None
     return decorate
 
 
-def _accept_or_raise(
-    title: str, name: str, value: Any, own: list[str], without_effect: Mapping[str, Any]
-) -> None:
-    if name not in without_effect:
-        own = [known for known in own if known != "self"]
-        raise OptionError(
-            f"{title} has no option {name!r}.",
-            expected=f"one of {', '.join(sorted(own))}.",
-            fix=f"Correct the name, or leave it out.{nearest(name, (*own, *without_effect))}",
-        )
-    neutral = without_effect[name]
+def accept(title: str, name: str, value: Any, neutral: Any) -> None:
+    """Lets a name without effect pass if its value may; `neutral` is what `without_effect` has for it."""
     neutral_values = neutral if isinstance(neutral, tuple) else (neutral,)
     if neutral is ANY:
         show()
@@ -67,3 +59,11 @@ def _accept_or_raise(
             expected=f"{name}={' or '.join(map(repr, neutral_values))}.",
             fix=f"Leave {name} out.",
         )
+
+
+def _unknown(title: str, name: str, known: Iterable[str]) -> OptionError:
+    return OptionError(
+        f"{title} has no option {name!r}.",
+        expected=f"one of those that `jaxtune options {title}` lists.",
+        fix=f"Correct the name, or leave it out.{nearest(name, [each for each in known if each != 'self'])}",
+    )

@@ -11,17 +11,19 @@ from collections.abc import Callable, Sequence
 import tyro
 
 from jaxtune import log
+from jaxtune.cli import sft
 from jaxtune.cli.demo import demo
 from jaxtune.cli.doctor import doctor
+from jaxtune.cli.options import options
 from jaxtune.errors import JaxtuneError
 from jaxtune.version import __version__
 
-COMMANDS: dict[str, Callable[..., int]] = {"demo": demo, "doctor": doctor}
+COMMANDS: dict[str, Callable[..., int]] = {"demo": demo, "doctor": doctor, "options": options}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if list(arguments) == ["--version"]:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
         print(f"jaxtune {__version__}")
         return 0
     log.show()
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
+            COMMANDS | {"sft": sft.command(arguments[1:] if arguments[:1] == ["sft"] else [])},
             prog="jaxtune",
             description=f"Fine-tunes language models in JAX. Version {__version__} (also: jaxtune --version).",
             args=arguments,

@@ -1,4 +1,4 @@
-"""How the demo looks in a terminal: titles, a spinner where there is no progress to count, tables."""
+"""How commands look in a terminal: titles, a spinner where there is no progress to count, tables."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +13,18 @@ from jaxtune.cli.exam import Answered
 Answers = Mapping[str, Sequence[Answered]]
 """By the names of the tests."""
 
+RUN_FILES = {
+    "adapter_model.safetensors": "the adapter; its folder is for peft, or FastLanguageModel.from_pretrained",
+    "model.safetensors": "the model; its folder is for transformers, or FastLanguageModel.from_pretrained",
+    "metrics.jsonl": "the settings, and the numbers of the run",
+}
+"""What a run may leave, and what it is for."""
+
 console = Console(highlight=False)
+
+
+def say(text: str) -> None:
+    console.print(escape(text), soft_wrap=True)
 
 
 def title(text: str) -> None:
@@ -85,6 +96,33 @@ def size_text(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
+
+
+def trained(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """What a run came to, and where it lies."""
+    losses = [record["loss"] for record in history if "loss" in record]
+    if losses:
+        steps = max(record["step"] for record in history)
+        title(f"{steps:.0f} steps: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    files(folder, {name: use for name, use in RUN_FILES.items() if (folder / name).exists()})
+
+
+def evaluated(metrics: Mapping[str, float]) -> None:
+    losses = {name: value for name, value in metrics.items() if name.endswith("loss")}
+    say("Evaluated: " + ", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
+
+
+def what_next(folder: Path) -> None:
+    """What to type once an adapter is there."""
+    say(
+        "Next, in Python:\n"
+        "  from jaxtune import FastLanguageModel\n"
+        f'  model, tokenizer = FastLanguageModel.from_pretrained("{folder}")\n'
+        '  model.save_pretrained_merged("merged", tokenizer)  # or save_pretrained_gguf, for llama.cpp and Ollama\n'
+        "Or from here:\n"
+        "  jaxtune sft --model-name <hub id or folder> --dataset <file or hub id>\n"
+        "  jaxtune sft --print-config > run.yaml  # every option, to change; then: jaxtune sft --config run.yaml"
+    )
 
 
 def closing(seconds: float) -> None:

@@ -86,6 +86,15 @@ class GRPOTrainer(Trainer):
         processing_class: Any = None,
         tokenizer: Any = None,
     ):
+        """
+        Args:
+            model: What is trained: its adapter, or with full fine-tuning its weights.
+            reward_funcs: One function or several (see `rl.rewards`).
+            args: The settings; None takes their defaults.
+            train_dataset: Rows with a `prompt`; what else they have, the reward functions get.
+            processing_class: The tokenizer; None takes the model's.
+            tokenizer: The same by its older name.
+        """
         super().__init__(
             model, args, train_dataset=train_dataset, processing_class=processing_class, tokenizer=tokenizer
         )

@@ -76,7 +76,22 @@ class SFTTrainer(Trainer):
         packing: bool | None = None,
         dataset_kwargs: dict[str, Any] | None = None,
     ):
-        """The last four are SFTConfig's, which older scripts give here."""
+        """
+        Args:
+            model: What is trained: its adapter, or with full fine-tuning its weights.
+            args: The settings; None takes their defaults.
+            train_dataset: Rows, a `datasets.Dataset`, or files (see `jaxtune.data.formats.prepare`).
+            eval_dataset: The same to evaluate on, or a dict of several by their names.
+            processing_class: The tokenizer; None takes the model's.
+            tokenizer: The same by its older name.
+            formatting_func: Makes the text (or several) of a row.
+            data_collator: None, or one of transformers' that only pad.
+            callbacks: TrainerCallbacks.
+            dataset_text_field: SFTConfig's, which older scripts give here.
+            max_seq_length: SFTConfig's max_length, likewise.
+            packing: SFTConfig's, likewise.
+            dataset_kwargs: SFTConfig's, likewise.
+        """
         _require_padding_only(data_collator)
         older = {
             "dataset_text_field": dataset_text_field,
