@@ -37,7 +37,8 @@ from jaxtune.rl.prompts import Prompt, read_prompts, steps
 from jaxtune.rl.rewards import RewardFunction, RewardFunctions, TrainerState
 from jaxtune.rl.rollout import Rollout, lay_out_rollout, roll_out, shapes
 from jaxtune.training.losses import MicroBatch, WatchedLoss
-from jaxtune.training.trainer import Newest, Trainable, Trainer, TrainOutput
+from jaxtune.training.trained import Newest, Trainable
+from jaxtune.training.trainer import Trainer, TrainOutput
 
 log = get_logger(__name__)
 

@@ -12,6 +12,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from jaxtune.folders import cannot_write, refuse_strangers
 from jaxtune.log import get_logger
 from jaxtune.progress import progress_bar
+from jaxtune.training.callbacks import RunState
 from jaxtune.training.config import TrainingConfig
 from jaxtune.training.loop import Record
 
@@ -61,15 +62,8 @@ class RunLog:
     """A context manager around a run. The first line of metrics.jsonl has the settings, each other one a step. Of a
     step's numbers, those of `headline` come first, and stand beside the progress bar."""
 
-    def __init__(
-        self,
-        config: TrainingConfig,
-        total_steps: int,
-        headline: Sequence[str] = ("loss",),
-        history: Sequence[Record] = (),
-        done: int = 0,
-    ):
-        """`history` is what a run that is resumed had written after its `done` steps."""
+    def __init__(self, config: TrainingConfig, state: RunState, headline: Sequence[str] = ("loss",)):
+        done, history = state.global_step, state.log_history
         self.headline = headline
         self.file = None if config.output_dir is None else _begin(Path(config.output_dir), resumed=done > 0)
         settings = dataclasses.asdict(config) | {"output_dir": str(config.output_dir)}
@@ -77,7 +71,7 @@ class RunLog:
         for record in history:
             self._write_line(record)
         self.above_the_bar = logging_redirect_tqdm([logging.getLogger("jaxtune")])
-        self.bar = progress_bar(total=total_steps, initial=done, unit="step")
+        self.bar = progress_bar(total=state.max_steps, initial=done, unit="step")
 
     def write(self, record: Record) -> None:
         self._write_line(record)

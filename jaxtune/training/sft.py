@@ -20,7 +20,8 @@ from jaxtune.training.keeper import Keeper
 from jaxtune.training.loop import Record
 from jaxtune.training.losses import WatchedLoss, next_token_loss, unwatched
 from jaxtune.training.sft_config import SFTConfig
-from jaxtune.training.trainer import Trainable, Trainer, TrainOutput
+from jaxtune.training.trained import Trainable
+from jaxtune.training.trainer import Trainer, TrainOutput
 
 log = get_logger(__name__)
 

@@ -1,0 +1,141 @@
+"""A run under way: where it is, its log, its callbacks, and what the keeper does with it."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxtune.errors import DivergenceError
+from jaxtune.training.callbacks import Callbacks, RunState
+from jaxtune.training.config import TrainingConfig
+from jaxtune.training.keeper import Keeper
+from jaxtune.training.loop import Record, run
+from jaxtune.training.metrics import RunLog, Tally
+from jaxtune.training.step import Step
+from jaxtune.training.termination import TERMINATED, Ending, terminable
+from jaxtune.training.trained import Newest, Trainable, Trained
+
+Batches = Callable[[Newest], Iterator[tuple[Mapping[str, Any], Mapping[str, float]]]]
+"""Endless batches [A, R, L], each with facts for the log: `epoch` and `samples` among them."""
+
+
+class Run:
+    """Of one `train()`. `keeper` evaluates and saves, where a trainer can."""
+
+    log: RunLog
+    end: Ending
+
+    def __init__(
+        self,
+        args: TrainingConfig,
+        model: Trainable,
+        trained: Trained,
+        total_steps: int,
+        *,
+        callbacks: Sequence[Any],
+        processing_class: Any,
+        headline: Sequence[str],
+        keeper: Keeper | None,
+    ):
+        self.args, self.trained, self.keeper, self.headline = args, trained, keeper, headline
+        self.state, self.tally = RunState(total_steps, args.num_train_epochs), Tally()
+        self.callbacks = Callbacks(
+            callbacks, args, self.state, model=model, processing_class=processing_class
+        )
+        if keeper is not None:
+            keeper.begin(self)
+        self.begun_at = self.state.global_step
+
+    def go(self, step: Step, batches: Batches) -> dict[str, float]:
+        """To its end; what there is to say of the whole."""
+        started, trained = time.perf_counter(), self.trained
+        with (
+            RunLog(self.args, self.state, self.headline) as self.log,
+            terminable() as self.end,
+        ):
+            for hook in ("on_train_begin", "on_epoch_begin", "on_step_begin"):
+                self.callbacks.call(hook)
+            if self.keeper is not None:
+                self.keeper.before_training()
+            stream = itertools.islice(batches(trained.newest), self.state.max_steps - self.begun_at)
+            try:
+                run(step, trained.state, trained.frozen, stream, self._note, trained.take, self._after_step)
+                if self.tally.unlogged:  # stopped between two lines
+                    self._write_line()
+                if self.keeper is not None:
+                    trained.take(self.keeper.end(trained.state))
+            except DivergenceError as error:
+                self._abandon()
+                raise self._diverged(error) from error
+            except BaseException:  # an interrupt, a reward function, a full disk: what was learnt is not lost
+                self._abandon()
+                if not trained.is_gone:
+                    trained.leave()
+                raise
+        trained.leave()
+        self.callbacks.call("on_train_end")
+        if self.end:
+            raise SystemExit(TERMINATED)
+        return self._summary(time.perf_counter() - started)
+
+    def evaluated(self, metrics: Record) -> None:
+        """The keeper's news."""
+        record = {"step": float(self.state.global_step), "epoch": self.state.epoch, **metrics}
+        self.state.log_history.append(record)
+        self.log.write_evaluation(record)
+        self.callbacks.call("on_evaluate", metrics=metrics)  # with the best before it, as in transformers
+
+    def _note(self, record: Record) -> None:
+        """A step's numbers, which come while the next one is under way."""
+        self.tally.add(record)
+        if self.tally.steps % self.args.logging_steps == 0 or self.tally.steps == self.state.max_steps:
+            self._write_line()
+        self.log.advance()
+
+    def _write_line(self) -> None:
+        record = self.tally.average()
+        self.state.log_history.append(record)
+        self.log.write(record)
+        self.callbacks.call("on_log", logs=record)
+
+    def _after_step(self, facts: Mapping[str, Any], settle: Callable[[], None]) -> bool:
+        """Whether to go on."""
+        state, callbacks = self.state, self.callbacks
+        state.global_step += 1
+        state.epoch = facts["epoch"]
+        epoch_ends = float(facts["epoch"]).is_integer()
+        callbacks.call("on_step_end")
+        if epoch_ends:
+            callbacks.call("on_epoch_end")
+        if self.keeper is not None:
+            self.keeper.after_step(settle, epoch_ends, bool(self.end))
+        goes_on = not (callbacks.control.should_training_stop or self.end)
+        if goes_on and state.global_step < state.max_steps:
+            if epoch_ends:
+                callbacks.call("on_epoch_begin")
+            callbacks.call("on_step_begin")
+        return goes_on
+
+    def _abandon(self) -> None:
+        if self.keeper is not None:
+            self.keeper.abandon()
+
+    def _diverged(self, error: DivergenceError) -> DivergenceError:
+        """The same, with what there is to go on from."""
+        fix = error.fix
+        last = None if self.keeper is None else self.keeper.last_checkpoint
+        if last is not None:
+            fix += f" The last checkpoint before it is {last}: resume_from_checkpoint takes it."
+        elif self.trained.is_all:
+            fix += " First load the model again: the weights that it began with are gone."
+        return DivergenceError(error.found, expected=error.expected, fix=fix)
+
+    def _summary(self, runtime: float) -> dict[str, float]:
+        tally = self.tally
+        return {
+            "train_runtime": runtime,
+            "train_samples_per_second": tally.samples / runtime,
+            "train_steps_per_second": (tally.steps - self.begun_at) / runtime,
+            "train_loss": tally.loss_sum / max(1, tally.steps),
+            "epoch": self.state.epoch,
+        }
