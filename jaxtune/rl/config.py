@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from jaxtune.errors import OptionError
 from jaxtune.options import ANY, mirrors
 from jaxtune.rl.losses import LOSS_TYPES, SCALES
-from jaxtune.training.config import WITHOUT_EFFECT, TrainingConfig
+from jaxtune.training.config import WITHOUT_EFFECT
+from jaxtune.training.seeing_config import SeeingConfig
 
 _WITHOUT_EFFECT = {
     **WITHOUT_EFFECT,
@@ -50,7 +51,7 @@ _WITHOUT_EFFECT = {
 
 @mirrors(_WITHOUT_EFFECT)
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GRPOConfig(TrainingConfig):
+class GRPOConfig(SeeingConfig):
     num_generations: int = 8
     """Completions of one prompt, which are compared with one another."""
     max_prompt_length: int | None = None

@@ -98,6 +98,11 @@ def saved(folder: Path) -> list[Path]:
     return sorted(there, key=_saved_at)
 
 
+def _is_one(path: Path) -> bool:
+    """`save_state()` writes a file of that name too, alone."""
+    return (path / RUN).is_file() and ((path / STATE).is_dir() or bool(_NAME.fullmatch(path.name)))
+
+
 def _saved_at(path: Path) -> float:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return float(json.loads((path / RUN).read_text())["saved_at"])
@@ -108,10 +113,10 @@ def find(resume_from: str | Path | Literal[True], folder: Path | None) -> Path:
     """The checkpoint that is meant: the newest of `folder` for True."""
     if resume_from is not True:
         path = Path(resume_from)
-        if not (path / RUN).is_file():
+        if not _is_one(path):
             siblings = [each.name for each in saved(path.parent)]
             raise CheckpointError(
-                f"resume_from_checkpoint names {path}, which is no checkpoint of a run: it has no {RUN}.",
+                f"resume_from_checkpoint names {path}, which is no checkpoint of a run: no {RUN} beside a {STATE}.",
                 expected="a folder such as outputs/checkpoint-100, or True for the newest in output_dir.",
                 fix=f"Name one that is there.{nearest(path.name, siblings)}",
             )

@@ -13,10 +13,12 @@ from jaxtune.data.sample import Sample
 from jaxtune.errors import CheckpointError
 from jaxtune.log import get_logger
 from jaxtune.training.checkpoints import Checkpoints, find, fingerprint, read_run, read_state
-from jaxtune.training.evaluation import evaluate_all
+from jaxtune.training.config import TrainingConfig
+from jaxtune.training.evaluation import evaluate_all, metric_names
 from jaxtune.training.keeping_config import KeepingConfig
 from jaxtune.training.loop import Record
 from jaxtune.training.optimizers import averaged
+from jaxtune.training.seeing_config import SeeingConfig
 from jaxtune.training.step import TrainState
 
 if TYPE_CHECKING:
@@ -30,11 +32,13 @@ EvalSets = Mapping[str, Sequence[Sample]]
 _RESTORED = (
     "global_step", "epoch", "log_history", "best_metric", "best_global_step", "best_model_checkpoint",
 )  # fmt: skip
-_FREE = frozenset((
-    "output_dir", "num_train_epochs", "logging_steps", "gradient_checkpointing", "cache_tokens", "eval_strategy",
-    "eval_steps", "eval_on_start", "per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit",
+_FREE = (
+    set(SeeingConfig.__dataclass_fields__) - set(TrainingConfig.__dataclass_fields__)
+) | {
+    "output_dir", "num_train_epochs", "gradient_checkpointing", "cache_tokens", "eval_strategy", "eval_steps",
+    "eval_on_start", "per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit",
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "resume_from_checkpoint",
-))  # fmt: skip
+}  # fmt: skip
 """Settings that a resumed run may have otherwise, and go on as before."""
 
 
@@ -67,6 +71,8 @@ class Keeper:
     def begin(self, run: "Run") -> None:
         """Puts the run back to where the checkpoint to resume from has it, if there is one."""
         self.run = run
+        if self.args.metric_for_best_model is not None and self.eval_sets:  # a typo is noticed now
+            self.args.metric_of(dict.fromkeys(metric_names(self.eval_sets), 0.0))
         if self.resume_from is None or self.resume_from is False:
             return
         state = run.state
@@ -114,6 +120,10 @@ class Keeper:
     @functools.cached_property
     def _samples(self) -> str:
         return self.stream.fingerprint()
+
+    @property
+    def saves(self) -> bool:
+        return self.checkpoints is not None
 
     def before_training(self) -> None:
         if self.args.eval_on_start and self.run.state.global_step == 0:

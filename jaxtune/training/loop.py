@@ -43,11 +43,11 @@ def run(
             return
         number, metrics, facts = pending
         pending = None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
         sample_ids = facts.get("sample_ids")
         facts = {name: fact for name, fact in facts.items() if name != "sample_ids"}
-        record = {"step": float(number), **values, **facts, "step_time_sec": now - clock}
+        record = {"step": number, **values, **facts, "step_time_sec": now - clock}
         clock = now
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             raise DivergenceError(

@@ -7,12 +7,15 @@ from typing import Any
 
 from jaxtune.errors import DivergenceError
 from jaxtune.training.callbacks import Callbacks, RunState
-from jaxtune.training.config import TrainingConfig
 from jaxtune.training.keeper import Keeper
 from jaxtune.training.loop import Record, run
 from jaxtune.training.metrics import RunLog, Tally
+from jaxtune.training.profiling import Profiler
+from jaxtune.training.run_report import RunReport, Shown
+from jaxtune.training.seeing_config import SeeingConfig
+from jaxtune.training.speed import Meter
 from jaxtune.training.step import Step
-from jaxtune.training.termination import TERMINATED, Ending, terminable
+from jaxtune.training.termination import Ending, terminable
 from jaxtune.training.trained import Newest, Trainable, Trained
 
 Batches = Callable[[Newest], Iterator[tuple[Mapping[str, Any], Mapping[str, float]]]]
@@ -27,36 +30,44 @@ class Run:
 
     def __init__(
         self,
-        args: TrainingConfig,
+        args: SeeingConfig,
         model: Trainable,
         trained: Trained,
         total_steps: int,
         *,
-        callbacks: Sequence[Any],
+        callbacks: list[Any],
         processing_class: Any,
         headline: Sequence[str],
         keeper: Keeper | None,
+        shown: Sequence[Shown],
     ):
-        self.args, self.trained, self.keeper, self.headline = args, trained, keeper, headline
+        """`shown` are prompts for the report."""
+        self.args, self.model, self.trained, self.keeper = args, model, trained, keeper
+        self.processing_class, self.headline, self.shown = processing_class, headline, shown
         self.state, self.tally = RunState(total_steps, args.num_train_epochs), Tally()
         self.callbacks = Callbacks(
             callbacks, args, self.state, model=model, processing_class=processing_class
         )
         if keeper is not None:
             keeper.begin(self)
-        self.begun_at = self.state.global_step
+        self.begun_at, self.meter = self.state.global_step, Meter()
+        self.profiler = Profiler(args.profile_steps, args.output_dir, total_steps)
 
     def go(self, step: Step, batches: Batches) -> dict[str, float]:
         """To its end; what there is to say of the whole."""
-        started, trained = time.perf_counter(), self.trained
+        trained = self.trained
         with (
             RunLog(self.args, self.state, self.headline) as self.log,
-            terminable() as self.end,
+            terminable(interrupts=self.keeper is not None and self.keeper.saves) as self.end,
+            RunReport(self, self.shown),
+            self.profiler,
         ):
+            started = time.perf_counter()
             for hook in ("on_train_begin", "on_epoch_begin", "on_step_begin"):
                 self.callbacks.call(hook)
             if self.keeper is not None:
                 self.keeper.before_training()
+            self.profiler.after_step(self.begun_at, settle=lambda: None)
             stream = itertools.islice(batches(trained.newest), self.state.max_steps - self.begun_at)
             try:
                 run(step, trained.state, trained.frozen, stream, self._note, trained.take, self._after_step)
@@ -72,30 +83,37 @@ class Run:
                 if not trained.is_gone:
                     trained.leave()
                 raise
-        trained.leave()
+            trained.leave()
+            summary = self._summary(time.perf_counter() - started)
         self.callbacks.call("on_train_end")
-        if self.end:
-            raise SystemExit(TERMINATED)
-        return self._summary(time.perf_counter() - started)
+        self.end.obey()
+        return summary
+
+    def say(self, numbers: Record) -> None:
+        """What a script or a callback has to say, in the log."""
+        self._keep(numbers, self.log.write_other)
 
     def evaluated(self, metrics: Record) -> None:
         """The keeper's news."""
-        record = {"step": float(self.state.global_step), "epoch": self.state.epoch, **metrics}
-        self.state.log_history.append(record)
-        self.log.write_evaluation(record)
+        self._keep(metrics, self.log.write_evaluation)
         self.callbacks.call("on_evaluate", metrics=metrics)  # with the best before it, as in transformers
 
     def _note(self, record: Record) -> None:
         """A step's numbers, which come while the next one is under way."""
         self.tally.add(record)
-        if self.tally.steps % self.args.logging_steps == 0 or self.tally.steps == self.state.max_steps:
+        if self.args.logging_strategy == "no":
+            self.tally.unlogged.clear()
+        elif self.args.writes_line(self.tally.steps, self.state.max_steps, record["epoch"]):
             self._write_line()
         self.log.advance()
 
     def _write_line(self) -> None:
-        record = self.tally.average()
+        self._keep(self.meter.read(self.tally.average()), self.log.write)
+
+    def _keep(self, numbers: Record, write: Callable[[Record], None]) -> None:
+        record = {"step": self.state.global_step, "epoch": self.state.epoch, **numbers}
         self.state.log_history.append(record)
-        self.log.write(record)
+        write(record)
         self.callbacks.call("on_log", logs=record)
 
     def _after_step(self, facts: Mapping[str, Any], settle: Callable[[], None]) -> bool:
@@ -109,6 +127,7 @@ class Run:
             callbacks.call("on_epoch_end")
         if self.keeper is not None:
             self.keeper.after_step(settle, epoch_ends, bool(self.end))
+        self.profiler.after_step(state.global_step, settle)
         goes_on = not (callbacks.control.should_training_stop or self.end)
         if goes_on and state.global_step < state.max_steps:
             if epoch_ends:

@@ -6,20 +6,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxtune.data.batches import BatchStream, StepInfo
+from jaxtune.data.batches import Batch, BatchStream, StepInfo
 from jaxtune.data.formats import prepare
 from jaxtune.data.preview import preview
 from jaxtune.data.sample import Sample
 from jaxtune.data.token_cache import default_folder
 from jaxtune.errors import OptionError
 from jaxtune.log import get_logger, show
+from jaxtune.models.flops import useful_flops
 from jaxtune.models.layer_loop import Remat
 from jaxtune.options import ANY, mirrors
 from jaxtune.training.evaluation import evaluate_all
 from jaxtune.training.keeper import Keeper
 from jaxtune.training.loop import Record
 from jaxtune.training.losses import WatchedLoss, next_token_loss, unwatched
+from jaxtune.training.run_report import Shown, shown
 from jaxtune.training.sft_config import SFTConfig
+from jaxtune.training.speed import sample_lengths
 from jaxtune.training.trained import Trainable
 from jaxtune.training.trainer import Trainer, TrainOutput
 
@@ -100,7 +103,7 @@ class SFTTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
         """Trains from the beginning, or from a checkpoint: a folder, or True for the newest in output_dir."""
         stream = self.batches()
-        with_facts = ((batch, _facts(info)) for batch, info in stream)
+        with_facts = ((batch, _facts(info) | self._useful_flops(batch)) for batch, info in stream)
         keeper = Keeper(
             self.args,
             self.model,
@@ -112,6 +115,10 @@ class SFTTrainer(Trainer):
         total_steps = self.args.total_steps(stream.steps_per_epoch)
         noisy = bool(self.args.neftune_noise_alpha)
         return self._train(self._loss_at, lambda newest: with_facts, total_steps, keeper, draws_noise=noisy)
+
+    def _useful_flops(self, batch: Batch) -> dict[str, float]:
+        lengths, model = sample_lengths(batch["segment_ids"]), self.model
+        return {"useful_flops": useful_flops(model.causal_lm.config, lengths, full=model.full_finetuning)}
 
     def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> Record:
         """The loss of a dataset, by default of the trainer's own, with the model as it is now."""
@@ -129,6 +136,11 @@ class SFTTrainer(Trainer):
         if isinstance(dataset, Mapping):
             return {name: self._prepare(each) for name, each in dataset.items()}
         return None if dataset is None else self._prepare(dataset)
+
+    def _shown(self, count: int) -> list[Shown]:
+        """Of the first dataset that is evaluated, or else of what is trained on."""
+        samples = next(iter(_by_prefix(self.eval_samples, "eval").values()), self.samples)
+        return [shown(sample) for sample in samples[:count]]
 
     def preview(self, index: int = 0) -> None:
         """Prints a sample as it will be trained on: its tokens, and which of them the loss counts."""

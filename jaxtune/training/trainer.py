@@ -4,28 +4,40 @@ was trained: its adapter, or with full fine-tuning its weights.
 A trainer of its own kind adds what its batches are and what its loss is.
 """
 
+import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import jax
 import optax
 
 from jaxtune.errors import AdapterError, OptionError
+from jaxtune.folders import cannot_write
 from jaxtune.loading.tokenizer import require_rows
-from jaxtune.log import show
+from jaxtune.log import get_logger, show
 from jaxtune.models.layer_loop import Remat
-from jaxtune.training.callbacks import RunState, require_callbacks
-from jaxtune.training.config import TrainingConfig
+from jaxtune.reporting import curves
+from jaxtune.reporting.trackers import names_of, require_packages
+from jaxtune.training.callbacks import RunState, find_callback, require_callbacks
 from jaxtune.training.fitting import FittingStep
 from jaxtune.training.keeper import Keeper
 from jaxtune.training.loop import Record
 from jaxtune.training.losses import WatchedLoss, of_all_weights
 from jaxtune.training.optimizers import make_optimizer, own_rates
 from jaxtune.training.remat import compiler_options, level, remat
+from jaxtune.training.run_report import Shown
 from jaxtune.training.running import Batches, Run
 from jaxtune.training.schedules import Schedule, schedule
+from jaxtune.training.seeing_config import SeeingConfig
 from jaxtune.training.step import CompiledLater, make_step
 from jaxtune.training.trained import Trainable, Trained
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = get_logger(__name__)
 
 
 class TrainOutput(NamedTuple):
@@ -39,15 +51,15 @@ class TrainOutput(NamedTuple):
 class Trainer:
     """`log_history` is every logged step's numbers."""
 
-    config_type: ClassVar[type[TrainingConfig]]
-    args: TrainingConfig
+    config_type: ClassVar[type[SeeingConfig]]
+    args: SeeingConfig
     headline: ClassVar[tuple[str, ...]] = ("loss",)
     """Of a step's numbers, those that the progress bar shows."""
 
     def __init__(
         self,
         model: Trainable,
-        args: TrainingConfig | None,
+        args: SeeingConfig | None,
         *,
         train_dataset: Any,
         processing_class: Any,
@@ -80,13 +92,22 @@ class Trainer:
                 f"{name} was given no train_dataset.", expected="a dataset.", fix="Pass train_dataset=..."
             )
         self.model, self.args = model, args or self.config_type()
+        require_packages(names_of(self.args.report_to))
         self.processing_class: Any = next(
             (t for t in (processing_class, tokenizer, model.tokenizer) if t is not None), None
         )
+        if self.processing_class is None and self.args.report_samples:
+            raise OptionError(
+                f"report_samples={self.args.report_samples}, and there is no tokenizer to read answers with.",
+                expected="the model's tokenizer.",
+                fix="Pass processing_class=tokenizer, or leave report_samples out.",
+            )
         require_rows(self.processing_class, model.causal_lm.config.vocab_size)
         self.callbacks = require_callbacks(callbacks)
         self.state: RunState | None = None
         """Where the newest run is, or was when it ended."""
+        self._run: Run | None = None
+        """The one that is under way."""
         self.log_history: list[Record] = []
         self.step: FittingStep | None = None
         """That of the newest run: `step.level` is what it computes again, and what it keeps where."""
@@ -111,9 +132,14 @@ class Trainer:
             processing_class=self.processing_class,
             headline=self.headline,
             keeper=keeper,
+            shown=self._shown(self.args.report_samples) if self.args.report_samples else (),
         )
         self.state, self.log_history = run.state, run.state.log_history
-        metrics = run.go(step, batches)
+        self._run = run
+        try:
+            metrics = run.go(step, batches)
+        finally:
+            self._run = None
         return TrainOutput(run.tally.steps, metrics["train_loss"], metrics)
 
     def _step_of(
@@ -156,8 +182,82 @@ class Trainer:
     def add_callback(self, callback: Any) -> None:
         self.callbacks += require_callbacks([callback])
 
+    def pop_callback(self, callback: Any) -> Any:
+        """Takes one away, or the first of a class, and returns it; None if there is none."""
+        found = find_callback(self.callbacks, callback)
+        if found is not None:
+            self.callbacks.remove(found)
+        return found
 
-def optimizer_of(args: TrainingConfig, total_steps: int) -> tuple[optax.GradientTransformation, Schedule]:
+    def remove_callback(self, callback: Any) -> None:
+        self.pop_callback(callback)
+
+    def log(self, logs: Record) -> None:
+        """Adds numbers to the log: to a run's own, with its trackers and callbacks, while one is under way."""
+        if self._run is not None:
+            self._run.say(logs)
+        else:
+            self.log_history.append(self._now() | logs)
+
+    def _now(self) -> Record:
+        return {} if self.state is None else {"step": self.state.global_step, "epoch": self.state.epoch}
+
+    def log_metrics(self, split: str, metrics: Record) -> None:
+        """Prints them, a line each."""
+        for name, value in sorted(metrics.items()):
+            log.info(
+                "%s metrics: %s = %s", split, name, f"{value:.4f}" if isinstance(value, float) else value
+            )
+
+    def save_metrics(self, split: str, metrics: Record, combined: bool = True) -> None:
+        """To <split>_results.json in output_dir; `combined` adds them to all_results.json too."""
+        folder = self._folder("save_metrics()")
+        _write_json(folder / f"{split}_results.json", metrics)
+        if combined:
+            path = folder / "all_results.json"
+            before = json.loads(path.read_text()) if path.is_file() else {}
+            _write_json(path, before | metrics)
+
+    def save_state(self) -> None:
+        """Where the newest run is, with its log, as trainer_state.json in output_dir. (A checkpoint has its own.)"""
+        folder = self._folder("save_state()")
+        if self.state is not None:
+            _write_json(folder / "trainer_state.json", dataclasses.asdict(self.state))
+
+    def is_world_process_zero(self) -> bool:
+        return jax.process_index() == 0
+
+    def plot(self) -> "Figure":
+        """The curves of the log, as a figure that a notebook shows."""
+        panels = curves.panels(self.log_history)
+        if not panels:
+            raise OptionError(
+                "plot() of a trainer whose log is empty.", expected="a run.", fix="Call train() first."
+            )
+        return curves.figure(panels)
+
+    def _shown(self, count: int) -> list[Shown]:
+        """Prompts for the report, of a trainer that has any."""
+        return []
+
+    def _folder(self, what: str) -> Path:
+        folder = self.args.output_dir
+        if folder is None:
+            raise OptionError(
+                f"{what} of a trainer without an output_dir.", expected="a folder.", fix="Set output_dir."
+            )
+        return Path(folder)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def optimizer_of(args: SeeingConfig, total_steps: int) -> tuple[optax.GradientTransformation, Schedule]:
     """The optimizer that the settings name, and its rate at every step."""
     warmup_steps = args.warmup(total_steps)
     rate = schedule(
