@@ -1,5 +1,6 @@
 """The arithmetic that a step of training cannot do without, whatever it computes again: what MFU counts."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from jaxtune.models.config import ModelConfig
@@ -11,7 +12,8 @@ def useful_flops(c: ModelConfig, lengths: Sequence[int], *, full: bool = False) 
     attention_weights = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
     linear = c.num_layers * (attention_weights + 3 * c.hidden_size * c.intermediate_size)
     linear += c.vocab_size * c.hidden_size
-    seen = sum(_pairs(length, kind.window) for kind in c.layers for length in lengths)
+    windows = Counter(kind.window for kind in c.layers)
+    seen = sum(layers * _pairs(length, window) for window, layers in windows.items() for length in lengths)
     attention = 4 * c.num_heads * c.head_dim * seen  # 2 for each of two products
     return (6 if full else 4) * linear * sum(lengths) + 3 * attention
 

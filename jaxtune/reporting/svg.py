@@ -36,7 +36,7 @@ def chart(panel: Panel) -> str:
     for tick in y_ticks:
         _, down = place(x_low, tick)
         parts.append(f'<path class="grid" d="M{LEFT} {down}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text class="axis" x="{LEFT - 6}" y="{down + 4}" text-anchor="end">{tick:.4g}</text>')
+        parts.append(f'<text class="axis" x="{LEFT - 6}" y="{down + 4}" text-anchor="end">{tick:.6g}</text>')
     for tick in (tick for tick in x_ticks if x_low <= tick <= x_high):
         right, _ = place(tick, y_low)
         parts.append(

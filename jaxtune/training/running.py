@@ -63,18 +63,8 @@ class Run:
             self.profiler,
         ):
             started = time.perf_counter()
-            for hook in ("on_train_begin", "on_epoch_begin", "on_step_begin"):
-                self.callbacks.call(hook)
-            if self.keeper is not None:
-                self.keeper.before_training()
-            self.profiler.after_step(self.begun_at, settle=lambda: None)
-            stream = itertools.islice(batches(trained.newest), self.state.max_steps - self.begun_at)
             try:
-                run(step, trained.state, trained.frozen, stream, self._note, trained.take, self._after_step)
-                if self.tally.unlogged:  # stopped between two lines
-                    self._write_line()
-                if self.keeper is not None:
-                    trained.take(self.keeper.end(trained.state))
+                self._go(step, batches)
             except DivergenceError as error:
                 self._abandon()
                 raise self._diverged(error) from error
@@ -88,6 +78,20 @@ class Run:
         self.callbacks.call("on_train_end")
         self.end.obey()
         return summary
+
+    def _go(self, step: Step, batches: Batches) -> None:
+        trained, keeper = self.trained, self.keeper
+        for hook in ("on_train_begin", "on_epoch_begin", "on_step_begin"):
+            self.callbacks.call(hook)
+        if keeper is not None:
+            keeper.before_training()
+        self.profiler.after_step(self.begun_at, settle=lambda: None)
+        stream = itertools.islice(batches(trained.newest), self.state.max_steps - self.begun_at)
+        run(step, trained.state, trained.frozen, stream, self._note, trained.take, self._after_step)
+        if self.tally.unlogged:  # stopped between two lines
+            self._write_line()
+        if keeper is not None:
+            trained.take(keeper.end(trained.state))
 
     def say(self, numbers: Record) -> None:
         """What a script or a callback has to say, in the log."""

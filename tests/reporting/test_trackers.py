@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+from transformers.integrations.integration_utils import rewrite_logs
 
 from jaxtune.errors import OptionError
 from jaxtune.reporting import trackers
@@ -93,6 +94,11 @@ def test_trackio(installed, tmp_path):
     begin, *logged, end = calls_of("trackio", tmp_path)
     assert begin == ("begin", {"project": "ours", "name": "mine", "config": {"learning_rate": 1.0}})
     assert logged == [("log", 4, TRAIN), ("log", 4, EVAL)] and end == ("end",)
+
+
+def test_names_are_those_of_transformers():
+    record = {"epoch": 0.5, "loss": 2.0, "eval_loss": 3.0, "eval_b_loss": 1.0, "rewards/f/mean": 1.0}
+    assert trackers.grouped({"step": 1, **record}) == rewrite_logs(record)
 
 
 def test_a_failure_is_said_once_and_tried_again(caplog):

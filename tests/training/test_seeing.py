@@ -8,6 +8,7 @@ import types
 
 import numpy as np
 import pytest
+import transformers
 
 from jaxtune import LanguageModel, SFTConfig, SFTTrainer, TrainerCallback
 from jaxtune.errors import DivergenceError, OptionError
@@ -126,11 +127,8 @@ class TestLines:
     @pytest.mark.parametrize(
         ("settings", "at"),
         [
-            ({}, [1, 2, 3, 4]),
-            ({"logging_steps": 3}, [3, 4]),
             ({"logging_steps": 3, "logging_first_step": True}, [1, 3, 4]),
             ({"logging_strategy": "epoch"}, [2, 4]),
-            ({"logging_strategy": "epoch", "logging_first_step": True}, [1, 2, 4]),
             ({"logging_strategy": "no"}, []),
         ],
         ids=str,
@@ -139,6 +137,25 @@ class TestLines:
         trainer = trained(model, **settings)
         assert lines(trainer) == at
         assert_trees_equal(trainer.model.lora, plain[0].model.lora)
+
+    @pytest.mark.parametrize("first", [False, True])
+    @pytest.mark.parametrize("strategy", ["steps", "epoch"])
+    def test_as_transformers_has_it(self, strategy, first):
+        """But for the end of a run, where transformers logs the run's own summary."""
+        flow = transformers.trainer_callback.DefaultFlowCallback()
+        config = SeeingConfig(logging_strategy=strategy, logging_steps=3, logging_first_step=first)
+        state = transformers.TrainerState(logging_steps=3, max_steps=12)
+        args = types.SimpleNamespace(
+            **dataclasses.asdict(config), eval_strategy="no", save_strategy="no", eval_delay=0
+        )
+        for step in range(1, 12):
+            control, epoch = transformers.TrainerControl(), step / 5
+            state.global_step = step
+            flow.on_step_end(args, state, control)
+            if epoch.is_integer():
+                flow.on_epoch_end(args, state, control)
+            assert config.writes_line(step, 12, epoch) == control.should_log, step
+        assert config.writes_line(12, 12, 12 / 5)
 
     def test_a_line_has_the_mean_since_the_last(self, model, plain):
         each = [record["loss"] for record in plain[0].log_history if "loss" in record]
@@ -395,6 +412,14 @@ class TestWhatScriptsCall:
         trainer.save_metrics("eval", {"eval_loss": 1.0})
         trainer.save_metrics("test", {"test_loss": 2.0}, combined=False)
         read = lambda name: json.loads((tmp_path / name).read_text())
+        theirs = types.SimpleNamespace(
+            args=types.SimpleNamespace(output_dir=tmp_path / "theirs"), is_world_process_zero=lambda: True
+        )
+        theirs.args.output_dir.mkdir()
+        transformers.Trainer.save_metrics(theirs, "train", result.metrics)
+        transformers.Trainer.save_metrics(theirs, "eval", {"eval_loss": 1.0})
+        for name in ("train_results.json", "all_results.json"):
+            assert read(name) == read(f"theirs/{name}")
         assert read("train_results.json") == result.metrics
         assert read("all_results.json") == result.metrics | {"eval_loss": 1.0}
         assert read("test_results.json") == {"test_loss": 2.0}
