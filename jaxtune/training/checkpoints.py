@@ -154,13 +154,11 @@ def read_run(path: Path, model: CausalLM) -> dict[str, Any]:
 
 def read_state(path: Path, like: TrainState) -> TrainState:
     """The state of a checkpoint, where and in the form that `like` is."""
-    import orbax.checkpoint as ocp
-
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
     )
     try:
-        with _root_handlers_kept(), ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             return checkpointer.restore((path / STATE).absolute(), abstract)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
@@ -171,19 +169,20 @@ def read_state(path: Path, like: TrainState) -> TrainState:
 
 
 def _write_state(path: Path, state: TrainState) -> None:
-    import orbax.checkpoint as ocp
-
-    with _root_handlers_kept(), ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         checkpointer.save(path.absolute(), state)
 
 
 @contextlib.contextmanager
-def _root_handlers_kept() -> Iterator[None]:
-    """Orbax logs through absl, which gives the root logger a handler where it has none; all of our lines would then be
-    printed twice."""
+def _checkpointer() -> Iterator[Any]:
+    """Orbax logs through absl, when it is imported too, which gives the root logger a handler where it has none; all of
+    our lines would then be printed twice."""
     before = list(logging.root.handlers)
     try:
-        yield
+        import orbax.checkpoint as ocp
+
+        with ocp.StandardCheckpointer() as checkpointer:
+            yield checkpointer
     finally:
         for handler in logging.root.handlers[:]:
             if handler not in before:

@@ -76,6 +76,7 @@ class RunReport:
         if not self.shown:
             return []
         run = self.run
+        log.info("answering %d prompts for the report ...", len(self.shown))
         params, lora = run.trained.left()
         answers = generate(
             run.model.causal_lm,
