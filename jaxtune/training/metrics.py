@@ -121,4 +121,12 @@ class RunLog:
 
 def plain(settings: Any) -> dict[str, Any]:
     """A config's fields as JSON has them."""
-    return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+    return _as_json(dataclasses.asdict(settings))
+
+
+def plain_defaults(settings: Any) -> dict[str, Any]:
+    return _as_json({field.name: field.default for field in dataclasses.fields(settings)})
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(values, default=str))

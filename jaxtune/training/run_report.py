@@ -1,11 +1,11 @@
 """report.html of a run: what is known of it when it ends, however it ends."""
 
-import dataclasses
 import importlib.metadata
 import os
 import platform
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +18,7 @@ from jaxtune.log import get_logger
 from jaxtune.reporting import page
 from jaxtune.reporting.metrics_file import REPORT
 from jaxtune.training.checkpoints import saved
-from jaxtune.training.metrics import plain
+from jaxtune.training.metrics import plain, plain_defaults
 
 if TYPE_CHECKING:
     from jaxtune.training.running import Run
@@ -91,8 +91,12 @@ class RunReport:
     def _report(self, error: BaseException | None, after: list[str]) -> page.Report:
         run = self.run
         assert self.path is not None
-        settings = plain(run.args)
-        defaults = plain_defaults(run.args)
+        of_adapter = run.model.causal_lm.lora_config
+        configs = {"": run.args} | ({} if of_adapter is None else {"adapter.": of_adapter})
+        settings, defaults = (
+            {prefix + name: value for prefix, each in configs.items() for name, value in read(each).items()}
+            for read in (plain, plain_defaults)
+        )
         return page.Report(
             title=run.args.run_name or self.path.parent.name or "A run",
             outcome=self._outcome(error),
@@ -130,10 +134,11 @@ class RunReport:
         ]
         found = {
             "model": getattr(run.model, "name_or_path", None) or None,
+            "trained weights": f"{sum(leaf.size for leaf in jax.tree.leaves(run.trained.state.trained)):,}",
             "steps": f"{state.global_step} of {state.max_steps}",
             "epochs": f"{state.epoch:.2f}",
             "seconds": f"{time.perf_counter() - self.started:.1f}",
-            "tokens": f"{run.tally.tokens}",
+            "tokens": f"{run.tally.tokens:,}",
             "tokens per second": f"{statistics.median(speeds):.0f} (median)" if speeds else None,
             **{name: _said(last(name)) for name in ("loss", "eval_loss", "reward", "mfu")},
             "peak of the device's memory": _gb(last("peak_device_bytes")),
@@ -150,15 +155,8 @@ def _gb(size: int | None) -> str | None:
     return None if size is None else f"{size / 1e9:.1f} GB"
 
 
-def plain_defaults(settings: Any) -> dict[str, Any]:
-    return {field.name: field.default for field in dataclasses.fields(settings)}
-
-
 def machine() -> dict[str, str]:
-    devices = jax.devices()
-    kinds = {
-        kind: sum(each.device_kind == kind for each in devices) for kind in {d.device_kind for d in devices}
-    }
+    kinds = Counter(device.device_kind for device in jax.devices())
     return {
         "devices": ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items())),
         "host": f"{os.cpu_count()} CPUs, {platform.machine()}, {platform.system()} {platform.release()}",

@@ -64,6 +64,8 @@ def compare(ours, theirs, tolerance):
         mine, expected = (np.array([record[name] for record in log]) for log in (ours, theirs))
         assert len(mine) == len(expected) == STEPS
         np.testing.assert_allclose(mine, expected, rtol=tolerance, atol=tolerance, err_msg=name)
+    for name in ("step", "num_tokens"):
+        assert [record[name] for record in ours] == [record[name] for record in theirs], name
     assert ours[-1]["loss"] < 0.97 * ours[0]["loss"], "it learns"
 
 

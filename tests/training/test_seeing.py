@@ -260,6 +260,7 @@ class TestReport:
             assert said in text, said
         changed = text.partition("differ from the defaults")[2].partition("</table>")[0]
         assert "learning_rate" in changed and "logging_steps" not in changed
+        assert "adapter.r<" in changed and "adapter.bias" in text and "adapter.bias" not in changed
         assert "Before and after" not in text and len(text) < 40_000
 
     def test_checkpoints_and_a_name(self, model, tmp_path):
