@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxtune.errors import DivergenceError
+from jaxtune.errors import DivergenceError, JaxtuneError
 from jaxtune.training.callbacks import Callbacks, RunState
 from jaxtune.training.keeper import Keeper
 from jaxtune.training.loop import Record, run
@@ -48,10 +48,14 @@ class Run:
         self.callbacks = Callbacks(
             callbacks, args, self.state, model=model, processing_class=processing_class
         )
-        if keeper is not None:
-            keeper.begin(self)
+        try:
+            self.profiler = Profiler(args.profile_steps, args.output_dir, total_steps)
+            if keeper is not None:
+                keeper.begin(self)
+        except JaxtuneError:
+            trained.leave()
+            raise
         self.begun_at, self.meter = self.state.global_step, Meter()
-        self.profiler = Profiler(args.profile_steps, args.output_dir, total_steps)
 
     def go(self, step: Step, batches: Batches) -> dict[str, float]:
         """To its end; what there is to say of the whole."""

@@ -21,6 +21,7 @@ from jaxtune.models.layer_loop import Remat
 from jaxtune.reporting import curves
 from jaxtune.reporting.trackers import names_of, require_packages
 from jaxtune.training.callbacks import RunState, find_callback, require_callbacks
+from jaxtune.training.config import TrainingConfig
 from jaxtune.training.fitting import FittingStep
 from jaxtune.training.keeper import Keeper
 from jaxtune.training.loop import Record
@@ -150,12 +151,12 @@ class Trainer:
         draws_noise: bool,
     ) -> FittingStep:
         model, args = self.model, self.args
-        config = model.causal_lm.lora_config
+        config, trains_all = model.causal_lm.lora_config, model.lora is None
         draws = draws_noise or (config is not None and config.lora_dropout > 0)
         dropout_seed = args.seed if draws else None
 
         def loss_of(how: Remat) -> WatchedLoss:
-            return of_all_weights(loss_at(how)) if model.lora is None else loss_at(how)
+            return of_all_weights(loss_at(how)) if trains_all else loss_at(how)
 
         def step_at(name: str) -> CompiledLater:
             return make_step(
@@ -257,7 +258,7 @@ def _write_json(path: Path, content: Any) -> None:
         raise cannot_write(path, error) from error
 
 
-def optimizer_of(args: SeeingConfig, total_steps: int) -> tuple[optax.GradientTransformation, Schedule]:
+def optimizer_of(args: TrainingConfig, total_steps: int) -> tuple[optax.GradientTransformation, Schedule]:
     """The optimizer that the settings name, and its rate at every step."""
     warmup_steps = args.warmup(total_steps)
     rate = schedule(

@@ -471,6 +471,7 @@ class TestTheBest:
             trainer.train()
         assert trainer.log_history == []
         assert_trees_equal(trainer.model.lora, model.lora)
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(trainer.model.lora))
 
 
 @pytest.mark.parametrize(
