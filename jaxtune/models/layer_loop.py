@@ -45,6 +45,7 @@ def run(block: Block, x: jax.Array, layers: tuple[Any, Any], shared: Any, remat:
     if remat.on_host:
         return _through_host(block, x, layers, shared)
     if remat.unrolled:
+        block = jax.jit(block)  # traced and lowered once; XLA compiles every call by itself
         for modules, adapters in _unstacked(layers):
             # One of these is trained; the other must not look as if it were.
             if jax.tree.leaves(adapters):

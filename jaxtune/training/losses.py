@@ -42,12 +42,14 @@ def label_nll(
     temperature: float = 1.0,
     *,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     neftune_noise_alpha: float | None = None,
 ) -> Callable[[Lora | None, Params, MicroBatch], jax.Array]:
     """-log p(label) of every token of a micro-batch, float32 [R * L], 0 where there is no label, as a function of
     (lora, params, batch). Logits exist for some labelled tokens at a time (see `Remat.head_tokens`). With
-    `label_smoothing`, that part of it is the mean of -log p over the vocabulary."""
-    op = functools.partial(linear_cross_entropy, label_smoothing=label_smoothing)
+    `label_smoothing`, that part of it is the mean of -log p over the vocabulary; `z_loss` times the square of the
+    logits' logsumexp is added."""
+    op = functools.partial(linear_cross_entropy, label_smoothing=label_smoothing, z_loss=z_loss)
     return _of_labels(op, model, remat, temperature, neftune_noise_alpha)
 
 
@@ -104,11 +106,18 @@ def next_token_loss(
     *,
     loss_type: str = "nll",
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     neftune_noise_alpha: float | None = None,
 ) -> Loss:
     """The sum of -log p(label) over the tokens that have a label, as a function of (lora, params, batch); or what else
     the type says (see LOSS_TYPES)."""
-    nll = label_nll(model, remat, label_smoothing=label_smoothing, neftune_noise_alpha=neftune_noise_alpha)
+    nll = label_nll(
+        model,
+        remat,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        neftune_noise_alpha=neftune_noise_alpha,
+    )
 
     def loss(lora: Lora | None, params: Params, batch: MicroBatch) -> jax.Array:
         each = nll(lora, params, batch)

@@ -159,6 +159,7 @@ class SFTTrainer(Trainer):
             remat,
             loss_type=args.loss_type,
             label_smoothing=args.label_smoothing_factor,
+            z_loss=args.z_loss_weight,
             neftune_noise_alpha=args.neftune_noise_alpha,
         )
         return unwatched(loss)

@@ -36,14 +36,18 @@ class SFTConfig(KeepingConfig):
     """The part of each token's label that is spread over the vocabulary; with loss_type nll."""
     neftune_noise_alpha: float | None = None
     """NEFTune: noise on the embeddings while training, of up to alpha / sqrt(tokens of the sample x hidden size)."""
+    z_loss_weight: float = 0.0
+    """How much the square of the logits' logsumexp adds to each token's loss, which keeps logits from drifting
+    (PaLM: 1e-4); with loss_type nll."""
 
     def __post_init__(self):
         super().__post_init__()
         self.require_counts("max_length", or_none=True)
         self.require_switches("assistant_only_loss", "cache_tokens")
         self.require_one_of(LOSS_TYPES, "loss_type")
-        self.require_at_least(0, "label_smoothing_factor")
+        self.require_at_least(0, "label_smoothing_factor", "z_loss_weight")
         self.require_at_least(0, "neftune_noise_alpha", or_none=True)
         self.require(self.label_smoothing_factor < 1, "label_smoothing_factor", "a number from 0 to below 1")
-        smoothable = self.label_smoothing_factor == 0 or self.loss_type == "nll"
-        self.require(smoothable, "label_smoothing_factor", f"0 with loss_type={self.loss_type!r}")
+        for name in ("label_smoothing_factor", "z_loss_weight"):
+            goes_with_type = getattr(self, name) == 0 or self.loss_type == "nll"
+            self.require(goes_with_type, name, f"0 with loss_type={self.loss_type!r}")

@@ -47,6 +47,7 @@ def test_what_cudnn_cannot_do(monkeypatch):
     assert "layout" in cudnn.why_not(bf16, None, None)
     assert "softcap" in cudnn.why_not(bf16, one, 30.0)
     assert "float32" in cudnn.why_not(bf16.astype(np.float32), one, None)
+    assert "one token" in cudnn.why_not(bf16[:, :1], np.array([[1]]), None)
     assert "heads of 36" in cudnn.why_not(bf16[..., :36], one, None)
     assert "capability 9.0" in cudnn.why_not(bf16, two, None)
     monkeypatch.setattr(cudnn, "capability", lambda: 9.0)

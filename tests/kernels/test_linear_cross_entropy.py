@@ -55,30 +55,52 @@ def make(case=CASES["some"], dtype=jnp.float32, ignore=-100):
     return jax.random.normal(x, (case.T, case.D), dtype), head.astype(dtype), jnp.asarray(labels)
 
 
-def plain(x, w, labels, scale=1.0, softcap=None, temperature=1.0):
-    """(nll, entropy) from whole logits."""
+def whole_logits(x, w, scale=1.0, softcap=None, temperature=1.0):
     logits = scale * (x @ w.T).astype(jnp.float32)
     logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
-    logp = jax.nn.log_softmax(logits / temperature)
+    return logits / temperature
+
+
+def plain(x, w, labels, **form):
+    """(nll, entropy) from whole logits."""
+    logp = jax.nn.log_softmax(whole_logits(x, w, **form))
     nll = -jnp.take_along_axis(logp, jnp.maximum(labels, 0)[:, None], 1)[:, 0]
     entropy = -(jnp.exp(logp) * logp).sum(axis=1)
     return jnp.where(labels < 0, 0.0, nll), jnp.where(labels < 0, 0.0, entropy)
 
 
-SMOOTHING = 0.3
+SMOOTHING, Z_LOSS = 0.3, 0.05
 
 
-def plain_smoothed(x, w, labels, scale=1.0, softcap=None, temperature=1.0):
+def plain_smoothed(x, w, labels, **form):
     """The label's nll and the mean over all that could have been labels."""
-    form = dict(scale=scale, softcap=softcap, temperature=temperature)
     nll_of = lambda label: plain(x, w, jnp.where(labels < 0, labels, label), **form)[0]
     mean = jax.vmap(nll_of)(jnp.arange(V)).mean(0)
     return (1 - SMOOTHING) * nll_of(labels) + SMOOTHING * mean
 
 
+def plus_z_loss(nll):
+    """And the square of the logarithm of what the softmax divides by."""
+
+    def of(x, w, labels, **form):
+        lse = jax.nn.logsumexp(whole_logits(x, w, **form), axis=1)
+        return nll(x, w, labels, **form) + Z_LOSS * jnp.where(labels < 0, 0.0, lse**2)
+
+    return of
+
+
+def plain_nll(*args, **form):
+    return plain(*args, **form)[0]
+
+
 OPS = {
-    "nll": (linear_cross_entropy, lambda *args, **form: plain(*args, **form)[0]),
+    "nll": (linear_cross_entropy, plain_nll),
     "smoothed nll": (functools.partial(linear_cross_entropy, label_smoothing=SMOOTHING), plain_smoothed),
+    "nll with z-loss": (functools.partial(linear_cross_entropy, z_loss=Z_LOSS), plus_z_loss(plain_nll)),
+    "smoothed nll with z-loss": (
+        functools.partial(linear_cross_entropy, label_smoothing=SMOOTHING, z_loss=Z_LOSS),
+        plus_z_loss(plain_smoothed),
+    ),
     "nll and entropy": (nll_and_entropy, plain),
 }
 
@@ -220,6 +242,16 @@ def test_an_entropy_to_be_watched_is_a_constant_and_costs_no_product():
     products = lambda of: str(jax.make_jaxpr(jax.grad(lambda x: of(x).sum()))(x)).count("dot_general")
     watched, trained = (products(lambda x, on=on: loss(x, on)) for on in (False, True))
     assert watched == products(lambda x: linear_cross_entropy(x, w, labels)) < trained
+
+
+def test_a_z_loss_of_nothing_costs_nothing():
+    x, w, labels = make()
+
+    def program(**more):
+        of = functools.partial(gradient, linear_cross_entropy, labels, **more)
+        return str(jax.make_jaxpr(of)(x, w))
+
+    assert program(z_loss=0.0) == program() != program(z_loss=Z_LOSS)
 
 
 # Heads in parts

@@ -257,6 +257,7 @@ def cross_entropy_cases() -> Iterator[Case]:
     yield case("every token masked", (37, 16, 101), (1030, 4096, 128256), ignored=1)
     form = dict(scale=0.25, softcap=30.0, temperature=0.7)
     yield case("scaled, capped, tempered", (37, 16, 101), (1030, 3584, 256000), **form)
+    yield case("z-loss", (37, 16, 101), (1030, 4096, 128256), z_loss=1e-2)
 
 
 def plain_nll_and_entropy(x, w, labels, scale=1.0, softcap=None, temperature=1.0):
@@ -268,8 +269,9 @@ def plain_nll_and_entropy(x, w, labels, scale=1.0, softcap=None, temperature=1.0
     return jnp.where(labels == -100, 0.0, nll), jnp.where(labels == -100, 0.0, entropy)
 
 
-def plain_nll(x, w, labels, **form):
-    return plain_nll_and_entropy(x, w, labels, **form)[0]
+def plain_nll(x, w, labels, z_loss=0.0, **form):
+    lse = jax.nn.logsumexp(x @ w.astype(jnp.float32).T, axis=1)
+    return plain_nll_and_entropy(x, w, labels, **form)[0] + z_loss * jnp.where(labels == -100, 0.0, lse**2)
 
 
 def entropy_cases() -> Iterator[Case]:

@@ -72,6 +72,23 @@ def test_smoothed_labels_are_transformers(case):
     assert abs(ours - jax.jit(next_token_loss(model))(*args)) > 0.01
 
 
+def test_the_z_loss_is_added_to_each_token(case):
+    """Autodiff of whole logits; without, it is the loss as usual."""
+    model, args = case
+    labels = args[2]["labels"]
+
+    def written_out(lora, params, micro):
+        where = dict(segments_BT=micro["segment_ids"], positions_BT=micro["positions"])
+        lse = jax.nn.logsumexp(model.apply(params, lora, micro["tokens"], **where), axis=-1)
+        return next_token_loss(model)(lora, params, micro) + 0.1 * jnp.where(labels < 0, 0, lse**2).sum()
+
+    ours, expected = (
+        jax.jit(jax.value_and_grad(loss))(*args) for loss in (next_token_loss(model, z_loss=0.1), written_out)
+    )
+    assert_close(ours[0], expected[0], 1e-5)
+    assert_trees_close(ours[1], expected[1], 1e-4)
+
+
 def test_dynamic_fine_tuning_is_trls(case):
     """-log p times p, through which no gradient flows."""
     model, args = case

@@ -80,6 +80,7 @@ def test_training_changes_the_adapter_and_nothing_else(model, baseline):
         {"max_length": 8},
         {"loss_type": "dft"},
         {"label_smoothing_factor": 0.2},
+        {"z_loss_weight": 0.1},
         {"neftune_noise_alpha": 5.0},
         *({"optim": name} for name in ("lion_8bit", "lion_32bit", "adafactor", "muon")),
         *({"optim": name} for name in ("rmsprop", "schedule_free_adamw", "sgd")),
@@ -287,6 +288,8 @@ def test_tokens_are_kept_in_the_user_s_cache_unless_told_otherwise(model, tmp_pa
         ({"loss_type": "dtf"}, "'dft'"),
         ({"label_smoothing_factor": 1.0}, "from 0 to below 1"),
         ({"label_smoothing_factor": 0.1, "loss_type": "dft"}, "0 with loss_type='dft'"),
+        ({"z_loss_weight": 0.1, "loss_type": "dft"}, "0 with loss_type='dft'"),
+        ({"z_loss_weight": -1e-4}, "at least 0"),
         (
             {"embedding_learning_rate": 1e-4, "learning_rate": 0.0},
             "more than 0 beside an embedding_learning_rate",

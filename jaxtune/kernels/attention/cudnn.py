@@ -55,6 +55,8 @@ def why_not(q_BTHD: jax.Array, pieces_GM: jax.Array | None, softcap: float | Non
         return "it has no softcap"
     if q_BTHD.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in 16 bits, not in {q_BTHD.dtype}"
+    if q_BTHD.shape[1] == 1:
+        return "it has no rows of one token"
     hopper, size = capability() >= 9.0, q_BTHD.shape[-1]
     if size % 8 or size > (256 if hopper else 128):
         return f"it has no heads of {size}"

@@ -30,6 +30,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     temperature: float = 1.0,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     chunk: int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -38,9 +39,9 @@ def linear_cross_entropy(
 
     Logits are scale x @ w.T; with a `softcap`, softcap tanh(that / softcap); divided by the temperature. Tuples stand
     for the sum of their parts' products, of which each has a D of its own. With `label_smoothing`, that part of each
-    value is the mean of -log softmax(logits) over the vocabulary instead. Logits of at most `chunk` tokens exist at a
-    time; None is as many as 512 MiB hold."""
-    form = reference.Form(scale, softcap, temperature, label_smoothing)
+    value is the mean of -log softmax(logits) over the vocabulary instead. `z_loss` times the square of
+    logsumexp(logits) is added. Logits of at most `chunk` tokens exist at a time; None is as many as 512 MiB hold."""
+    form = reference.Form(scale, softcap, temperature, label_smoothing, z_loss)
     (nll_T,) = _of_tokens(x_TD, w_VD, labels_T, form, chunk, implementation, values=1, gradients=1)
     return nll_T
 

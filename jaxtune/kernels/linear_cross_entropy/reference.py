@@ -16,12 +16,14 @@ Parts = tuple[jax.Array, ...]
 
 class Form(NamedTuple):
     """What a product x . w becomes before the softmax: scaled, then capped, then divided by the temperature; and how
-    much of what the softmax is compared with is spread evenly over the vocabulary, not at the label."""
+    much of what the softmax is compared with is spread evenly over the vocabulary, not at the label; and how much the
+    square of its denominator's logarithm adds."""
 
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
     smoothing: float = 0.0
+    z_loss: float = 0.0
 
 
 PLAIN = Form()
@@ -50,7 +52,8 @@ class OfTokens(NamedTuple):
     """One of each for every token, [C], or its gradient by the product x . w, [C, V]."""
 
     nll: jax.Array
-    """-log p(label), or the cross-entropy with the smoothed label; of one that is no token of the vocabulary, NaN."""
+    """-log p(label), or the cross-entropy with the smoothed label, and the z-loss; of one that is no token of the
+    vocabulary, NaN."""
     entropy: jax.Array
     """- sum over the vocabulary of p log p, in nats."""
 
@@ -72,13 +75,17 @@ def values_and_slopes(
         spread = form.smoothing
         label_C1 = (1 - spread) * label_C1 + spread * logits_CV.mean(axis=1, keepdims=True)
         target_CV = (1 - spread) * target_CV + spread / V
+    nll_C1, nll_slope_CV = lse_C1 - label_C1, p_CV - target_CV
+    if form.z_loss:
+        nll_C1 += form.z_loss * lse_C1**2
+        nll_slope_CV += (2 * form.z_loss * lse_C1) * p_CV
 
     labelled_C1 = labels_C[:, None] >= 0
     value = lambda each_C1: jnp.where(labelled_C1, each_C1, 0.0)[:, 0]
     by_product = lambda each_CV: jnp.where(labelled_C1, each_CV if form == PLAIN else each_CV * slope, 0.0)
     return (
-        OfTokens(value(lse_C1 - label_C1), value(entropy_C1)),
-        OfTokens(by_product(p_CV - target_CV), by_product(-p_CV * (logp_CV + entropy_C1))),
+        OfTokens(value(nll_C1), value(entropy_C1)),
+        OfTokens(by_product(nll_slope_CV), by_product(-p_CV * (logp_CV + entropy_C1))),
     )
 
 
