@@ -14,7 +14,6 @@ import argparse
 import functools
 import statistics
 import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -30,7 +29,7 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.loading.load import load_params
 from jaxtune.models import names
 from jaxtune.models.causal_lm import CausalLM
-from jaxtune.models.config import ModelConfig
+from jaxtune.models.flops import useful_flops
 from jaxtune.quant import Unpacked
 from jaxtune.training.step import init_state
 from jaxtune.training.trainer import optimizer_of
@@ -104,17 +103,6 @@ def random_model(
     )
     jax.block_until_ready(params)
     return LanguageModel(causal_lm, params, full_finetuning=full_finetuning)
-
-
-def useful_flops(c: ModelConfig, lengths: Sequence[int], *, full: bool = False) -> float:
-    """Of one step over samples of these lengths, 4 N T + 3 A: frozen weights need no gradient of their own (trained
-    ones do: 6 N T); A is causal attention's forward pass."""
-    attention_weights = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    linear = c.num_layers * (attention_weights + 3 * c.hidden_size * c.intermediate_size)
-    linear += c.vocab_size * c.hidden_size
-    # 4 for two products, half is masked
-    attention = c.num_layers * c.num_heads * c.head_dim * 2 * sum(length**2 for length in lengths)
-    return (6 if full else 4) * linear * sum(lengths) + 3 * attention
 
 
 def peak_gb() -> float:

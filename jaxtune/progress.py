@@ -6,7 +6,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 
-def progress_bar(*args: Any, **options: Any) -> tqdm:
+def progress_bar(*args: Any, disable: bool | None = None, **options: Any) -> tqdm:
+    """`disable` is True or False against what is found out."""
     # In a notebook stderr is no terminal, and yet somebody looks on.
-    in_a_notebook = "ipykernel.zmqshell" in sys.modules
-    return tqdm(*args, disable=False if in_a_notebook else None, **options)
+    if disable is None and "ipykernel.zmqshell" in sys.modules:
+        disable = False
+    return tqdm(*args, disable=disable, **options)

@@ -78,12 +78,15 @@ def test_the_whole_path_runs_without_torch(tmp_path):
     """Load, train, generate, save, load again. (Only the checkpoint was made with torch.)"""
     models.save(models.random_llama(num_hidden_layers=1), tmp_path / "base")
     path = f"""
+import logging
 from jaxtune import FastLanguageModel, SFTConfig, SFTTrainer, get_chat_template
 model, tokenizer = FastLanguageModel.from_pretrained({str(tmp_path / "base")!r})
 model = FastLanguageModel.get_peft_model(model, r=4)
 tokenizer = get_chat_template(tokenizer, "chatml")
 rows = [{{"messages": [{{"role": "user", "content": "a"}}, {{"role": "assistant", "content": "b"}}]}}]
-result = SFTTrainer(model, SFTConfig(max_steps=1), train_dataset=rows, tokenizer=tokenizer).train()
+config = SFTConfig(max_steps=1, output_dir={str(tmp_path / "run")!r})
+result = SFTTrainer(model, config, train_dataset=rows, tokenizer=tokenizer).train()
+assert not logging.root.handlers, "what saves would print every line a second time"
 model.save_pretrained({str(tmp_path / "adapter")!r}, tokenizer)
 again, _ = FastLanguageModel.from_pretrained({str(tmp_path / "adapter")!r})
 assert (again.generate([[5, 6]], max_new_tokens=4) == model.generate([[5, 6]], max_new_tokens=4)).all()

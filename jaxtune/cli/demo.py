@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune import assets
-from jaxtune.cli import curves, exam, report
+from jaxtune.cli import exam, report
 from jaxtune.folders import cannot_write, refuse_strangers
+from jaxtune.reporting import curves
 
 FACTS, JSON, ADDITION = "facts", "facts in JSON", "addition"
 SUMMARY = "jaxtune-demo.json"
@@ -98,8 +99,8 @@ def demo(output_dir: Path = Path("jaxtune-demo"), seed: int = 3407) -> int:
     }
     curves.draw(
         [
-            curves.Curve("SFT: facts in JSON", sft.log_history, "loss"),
-            curves.Curve("GRPO: addition", grpo.log_history, "reward"),
+            curves.Panel("SFT: facts in JSON", {"loss": curves.points(sft.log_history, "loss")}),
+            curves.Panel("GRPO: addition", {"reward": curves.points(grpo.log_history, "reward")}),
         ],
         output_dir / "curves.png",
     )
@@ -117,7 +118,9 @@ def demo(output_dir: Path = Path("jaxtune-demo"), seed: int = 3407) -> int:
             "tiny_gguf/tiny.F16.gguf": "the same in 16 bits",
             "tiny_gguf/Modelfile": "for Ollama, there: ollama create tiny -f Modelfile",
             "curves.png": "the loss and the reward, step by step",
-            "sft/metrics.jsonl": "the settings, and the numbers of the run",
+            "sft/report.html": "the run on one page",
+            "sft/metrics.jsonl": "its settings and its numbers",
+            "grpo/report.html": "the same",
             "grpo/metrics.jsonl": "the same",
             "grpo/completions.jsonl": "all that was tried, and its rewards",
             SUMMARY: "the accuracies above",

@@ -11,12 +11,13 @@ import numpy as np
 
 from jaxtune.errors import RewardError
 from jaxtune.folders import cannot_write
-from jaxtune.training.metrics import COMPLETIONS_FILE
+from jaxtune.reporting.metrics_file import COMPLETIONS_FILE
 
 OWN_COLUMNS = ("step", "prompt", "completion", "advantage")
 OWN_METRICS = (
     "step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "trained_tokens", "num_tokens", "samples",
-    "step_time_sec", "compile_seconds", "reward", "reward_std", "frac_reward_zero_std", "kl", "entropy",
+    "step_time_sec", "compile_seconds", "tokens_per_second", "mfu", "peak_device_bytes", "reward", "reward_std",
+    "frac_reward_zero_std", "kl", "entropy",
 )  # fmt: skip
 OWN_PREFIXES = ("rewards/", "completions/", "clip_ratio/")
 """What the trainer itself says, and reward functions may not say in its place."""

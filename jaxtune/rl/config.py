@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jaxtune.errors import OptionError
 from jaxtune.options import ANY, mirrors
 from jaxtune.rl.losses import LOSS_TYPES, SCALES
-from jaxtune.training.config import TrainingConfig
+from jaxtune.training.seeing_config import SeeingConfig
 from jaxtune.training.without_effect import WITHOUT_EFFECT
 
 _WITHOUT_EFFECT = {
@@ -86,7 +86,7 @@ _WITHOUT_EFFECT = {
 
 @mirrors(_WITHOUT_EFFECT, aliases={"activation_checkpointing": "gradient_checkpointing"})
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GRPOConfig(TrainingConfig):
+class GRPOConfig(SeeingConfig):
     num_generations: int = 8
     """Completions of one prompt, which are compared with one another."""
     max_prompt_length: int | None = None

@@ -37,7 +37,9 @@ from jaxtune.rl.prompts import Prompt, read_prompts, steps
 from jaxtune.rl.rewards import RewardFunction, RewardFunctions, TrainerState
 from jaxtune.rl.rollout import Rollout, lay_out_rollout, roll_out, shapes
 from jaxtune.training.losses import MicroBatch, WatchedLoss
-from jaxtune.training.trainer import Newest, Trainable, Trainer, TrainOutput
+from jaxtune.training.run_report import Shown
+from jaxtune.training.trained import Newest, Trainable
+from jaxtune.training.trainer import Trainer, TrainOutput
 
 log = get_logger(__name__)
 
@@ -57,7 +59,6 @@ class Judgement(NamedTuple):
     {
         "eval_dataset": None,
         "reward_processing_classes": None,
-        "callbacks": (None, []),
         "peft_config": None,
         "quantization_config": None,
         "optimizers": ((None, None), None),
@@ -85,6 +86,7 @@ class GRPOTrainer(Trainer):
         *,
         processing_class: Any = None,
         tokenizer: Any = None,
+        callbacks: Any = None,
     ):
         """
         Args:
@@ -94,9 +96,15 @@ class GRPOTrainer(Trainer):
             train_dataset: Rows with a `prompt`; what else they have, the reward functions get.
             processing_class: The tokenizer; None takes the model's.
             tokenizer: The same by its older name.
+            callbacks: TrainerCallbacks.
         """
         super().__init__(
-            model, args, train_dataset=train_dataset, processing_class=processing_class, tokenizer=tokenizer
+            model,
+            args,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            tokenizer=tokenizer,
+            callbacks=callbacks,
         )
         config = model.causal_lm.lora_config
         if self.args.beta > 0 and config is not None and config.init_lora_weights == PISSA:
@@ -118,6 +126,9 @@ class GRPOTrainer(Trainer):
         self.reward_functions.require(list(dict.fromkeys(name for p in self.prompts for name in p.columns)))
         self.stop_ids = ends(model.stop_ids, self.processing_class)
         self._said: set[str] = set()
+
+    def _shown(self, count: int) -> list[Shown]:
+        return [Shown(prompt.ids, None) for prompt in self.prompts[:count]]
 
     @property
     def _total_steps(self) -> int:
@@ -176,7 +187,7 @@ class GRPOTrainer(Trainer):
             old = {"old_logps": score(lora, params, batch)} if args.num_iterations > 1 else {}
             ref = {} if reference is None else {"ref_logps": score(None, reference, batch)}
             num_tokens += rollout.num_tokens
-            facts |= {"num_tokens": float(num_tokens), "samples": float(args.completions_per_step)}
+            facts |= {"num_tokens": num_tokens, "samples": float(args.completions_per_step)}
             for _ in range(args.num_iterations):
                 number += 1
                 yield {**batch, **old, **ref}, {**facts, "epoch": self._epoch(number)}

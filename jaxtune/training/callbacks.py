@@ -2,7 +2,6 @@
 `TrainerCallback`, or pass what was written for transformers."""
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 from jaxtune.errors import OptionError
@@ -62,7 +61,7 @@ class EarlyStoppingCallback(TrainerCallback):
         self.without_progress = 0
 
     def on_train_begin(self, args: Any, state: RunState, control: TrainerControl, **more: Any) -> None:
-        if args.eval_strategy == "no":
+        if getattr(args, "eval_strategy", "no") == "no":
             raise OptionError(
                 "EarlyStoppingCallback in a run that is never evaluated.",
                 expected="eval_strategy='steps' or 'epoch', and an eval_dataset.",
@@ -77,14 +76,14 @@ class EarlyStoppingCallback(TrainerCallback):
 
 
 class Callbacks:
-    """Those of one run, called in their order."""
+    """Those of a trainer while it runs, called in their order."""
 
-    def __init__(self, callbacks: Iterable[Any], args: Any, state: RunState, **always: Any):
-        self.callbacks = [each() if isinstance(each, type) else each for each in callbacks]
+    def __init__(self, callbacks: list[Any], args: Any, state: RunState, **always: Any):
+        self.callbacks = callbacks
         self.args, self.state, self.control, self.always = args, state, TrainerControl(), always
 
     def call(self, hook: str, **more: Any) -> None:
-        for callback in self.callbacks:
+        for callback in list(self.callbacks):  # one may add another
             function = getattr(callback, hook, None)
             if function is not None:
                 function(self.args, self.state, self.control, **self.always, **more)
@@ -96,8 +95,14 @@ class Callbacks:
         return bool(was)
 
 
+def find_callback(callbacks: list[Any], wanted: Any) -> Any:
+    """It itself, or the first of a class; None if there is none."""
+    is_it = lambda one: one is wanted or (isinstance(wanted, type) and isinstance(one, wanted))
+    return next(filter(is_it, callbacks), None)
+
+
 def require_callbacks(callbacks: Any) -> list[Any]:
-    """Something with a hook each."""
+    """Something with a hook each; a class stands for one of it."""
     is_one = any(hasattr(callbacks, hook) for hook in HOOKS)
     given = [callbacks] if is_one else list(callbacks or [])
     for callback in given:
@@ -107,4 +112,4 @@ def require_callbacks(callbacks: Any) -> list[Any]:
                 expected=f"objects (or classes) with some of {', '.join(HOOKS)}.",
                 fix="Subclass jaxtune.TrainerCallback.",
             )
-    return given
+    return [each() if isinstance(each, type) else each for each in given]

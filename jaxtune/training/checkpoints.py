@@ -101,6 +101,11 @@ def saved(folder: Path) -> list[Path]:
     return sorted(there, key=_saved_at)
 
 
+def _is_one(path: Path) -> bool:
+    """`save_state()` writes a file of that name too, alone."""
+    return (path / RUN).is_file() and ((path / STATE).is_dir() or bool(_NAME.fullmatch(path.name)))
+
+
 def _saved_at(path: Path) -> float:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return float(json.loads((path / RUN).read_text())["saved_at"])
@@ -111,10 +116,10 @@ def find(resume_from: str | Path | Literal[True], folder: Path | None) -> Path:
     """The checkpoint that is meant: the newest of `folder` for True."""
     if resume_from is not True:
         path = Path(resume_from)
-        if not (path / RUN).is_file():
+        if not _is_one(path):
             siblings = [each.name for each in saved(path.parent)]
             raise CheckpointError(
-                f"resume_from_checkpoint names {path}, which is no checkpoint of a run: it has no {RUN}.",
+                f"resume_from_checkpoint names {path}, which is no checkpoint of a run: no {RUN} beside a {STATE}.",
                 expected="a folder such as outputs/checkpoint-100, or True for the newest in output_dir.",
                 fix=f"Name one that is there.{nearest(path.name, siblings)}",
             )
@@ -152,8 +157,6 @@ def read_run(path: Path, model: CausalLM) -> dict[str, Any]:
 
 def read_state(path: Path, like: TrainState) -> TrainState:
     """The state of a checkpoint, where and in the form that `like` is."""
-    import orbax.checkpoint as ocp
-
     if not (path / STATE).is_dir():
         raise CheckpointError(
             f"{path} holds no state: it was saved with save_only_model=True, or is not whole.",
@@ -164,7 +167,7 @@ def read_state(path: Path, like: TrainState) -> TrainState:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
     )
     try:
-        with _root_handlers_kept(), ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             return checkpointer.restore((path / STATE).absolute(), abstract)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
@@ -175,19 +178,20 @@ def read_state(path: Path, like: TrainState) -> TrainState:
 
 
 def _write_state(path: Path, state: TrainState) -> None:
-    import orbax.checkpoint as ocp
-
-    with _root_handlers_kept(), ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         checkpointer.save(path.absolute(), state)
 
 
 @contextlib.contextmanager
-def _root_handlers_kept() -> Iterator[None]:
-    """Orbax logs through absl, which gives the root logger a handler where it has none; all of our lines would then be
-    printed twice."""
+def _checkpointer() -> Iterator[Any]:
+    """Orbax logs through absl, when it is imported too, which gives the root logger a handler where it has none; all of
+    our lines would then be printed twice."""
     before = list(logging.root.handlers)
     try:
-        yield
+        import orbax.checkpoint as ocp
+
+        with ocp.StandardCheckpointer() as checkpointer:
+            yield checkpointer
     finally:
         for handler in logging.root.handlers[:]:
             if handler not in before:

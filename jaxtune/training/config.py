@@ -18,7 +18,7 @@ log = get_logger(__name__)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     output_dir: str | Path | None = None
-    """Where metrics.jsonl goes; None writes nothing."""
+    """Where metrics.jsonl, report.html and what else is written go; None writes nothing."""
     per_device_train_batch_size: int = 4
     """Samples in a micro-batch; for GRPO, completions."""
     gradient_accumulation_steps: int = 2
@@ -68,13 +68,11 @@ class TrainingConfig:
     run."""
     gradient_checkpointing: bool | str | None = None
     """True, False, "unsloth" or a level of training.remat; None takes what the model was loaded with."""
-    logging_steps: int = 1
-    """Steps between two lines of the log, which holds the means over them."""
     seed: int = 3407
     """Of the order of the data, and of everything that is drawn."""
 
     def __post_init__(self):
-        self.require_counts("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
+        self.require_counts("per_device_train_batch_size", "gradient_accumulation_steps")
         self.require_at_least(0, "learning_rate", "weight_decay", "adam_epsilon")
         self.require_at_least(0, "warmup_steps", "max_grad_norm", or_none=True)
         self.require_at_least(0, "embedding_learning_rate", "loraplus_lr_ratio", or_none=True)

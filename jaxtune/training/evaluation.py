@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 
 import jax
@@ -34,6 +34,12 @@ def evaluate(
         f"{prefix}_samples_per_second": sum(len(item.parts) for item in samples) / runtime,
         f"{prefix}_steps_per_second": stream.steps_per_epoch / runtime,
     }
+
+
+def metric_names(prefixes: Iterable[str]) -> list[str]:
+    """What `evaluate` says of each."""
+    said = ("loss", "runtime", "samples_per_second", "steps_per_second")
+    return [f"{prefix}_{name}" for prefix in prefixes for name in said]
 
 
 def evaluate_all(

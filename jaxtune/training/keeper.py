@@ -6,21 +6,23 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtune.data.batches import BatchStream
 from jaxtune.data.sample import Item
 from jaxtune.errors import CheckpointError
 from jaxtune.log import get_logger
-from jaxtune.models.causal_lm import Lora, Params
-from jaxtune.training.callbacks import Callbacks, RunState
 from jaxtune.training.checkpoints import Checkpoints, find, fingerprint, read_run, read_state
-from jaxtune.training.evaluation import evaluate_all
+from jaxtune.training.config import TrainingConfig
+from jaxtune.training.evaluation import evaluate_all, metric_names
 from jaxtune.training.keeping_config import KeepingConfig
 from jaxtune.training.loop import Record
-from jaxtune.training.metrics import RunLog, Tally
 from jaxtune.training.optimizers import averaged
+from jaxtune.training.seeing_config import SeeingConfig
 from jaxtune.training.step import TrainState
+
+if TYPE_CHECKING:
+    from jaxtune.training.running import Run
 
 log = get_logger(__name__)
 
@@ -30,12 +32,14 @@ EvalSets = Mapping[str, Sequence[Item]]
 _RESTORED = (
     "global_step", "epoch", "log_history", "best_metric", "best_global_step", "best_model_checkpoint",
 )  # fmt: skip
-_FREE = frozenset((
-    "output_dir", "num_train_epochs", "logging_steps", "gradient_checkpointing", "cache_tokens", "eval_strategy",
-    "eval_steps", "eval_on_start", "per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit",
+_FREE = (
+    set(SeeingConfig.__dataclass_fields__) - set(TrainingConfig.__dataclass_fields__)
+) | {
+    "output_dir", "num_train_epochs", "gradient_checkpointing", "cache_tokens", "eval_strategy", "eval_steps",
+    "eval_on_start", "per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit",
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "resume_from_checkpoint", "eval_packing",
     "pad_token", "offload_optimizer", "skip_nonfinite_steps", "save_only_model",
-))  # fmt: skip
+}  # fmt: skip
 """Settings that a resumed run may have otherwise, and go on as before."""
 
 
@@ -68,23 +72,25 @@ class Keeper:
         self.last_checkpoint: Path | None = None
         self._evaluated_at = self._saved_at = -1
 
-    def begin(self, run: RunState, tally: Tally, state: TrainState) -> TrainState:
-        """The state to begin with: the given one, or that of the checkpoint to resume from, with all of `run` and
-        `tally` as they were then."""
-        self.run, self.tally = run, tally
+    def begin(self, run: "Run") -> None:
+        """Puts the run back to where the checkpoint to resume from has it, if there is one."""
+        self.run = run
+        if self.args.metric_for_best_model is not None and self.eval_sets:  # a typo is noticed now
+            self.args.metric_of(dict.fromkeys(metric_names(self.eval_sets), 0.0))
         if self.resume_from is None or self.resume_from is False:
-            return state
+            return
+        state = run.state
         path = self.last_checkpoint = find(self.resume_from, self.folder)
         found = read_run(path, self.model.causal_lm)
         self._compare_settings(path, found["settings"])
-        if found["global_step"] >= run.max_steps:
+        if found["global_step"] >= state.max_steps:
             log.warning(
-                "%s is of step %d: the run's %d steps are done.", path, found["global_step"], run.max_steps
+                "%s is of step %d: the run's %d steps are done.", path, found["global_step"], state.max_steps
             )
         for name in _RESTORED:
-            setattr(run, name, found[name])
+            setattr(state, name, found[name])
         for name, value in found["tally"].items():
-            setattr(tally, name, value)
+            setattr(run.tally, name, value)
         self.stream.restore(found["data"])
         if found["samples"] != self._samples:
             raise CheckpointError(
@@ -93,8 +99,8 @@ class Keeper:
                 fix="Restore them, train_on_responses_only and packing among them; or begin anew from the adapter in "
                 "that folder.",
             )
-        log.info("resuming from %s, after %d of %d steps", path, run.global_step, run.max_steps)
-        return read_state(path, state)
+        log.info("resuming from %s, after %d of %d steps", path, state.global_step, state.max_steps)
+        run.trained.take(read_state(path, run.trained.state))
 
     def _compare_settings(self, path: Path, before: Mapping[str, Any]) -> None:
         now = self._settings()
@@ -114,75 +120,72 @@ class Keeper:
     def _settings(self) -> dict[str, Any]:
         """Those that decide about the losses, as JSON has them."""
         settings = {name: value for name, value in dataclasses.asdict(self.args).items() if name not in _FREE}
-        return json.loads(json.dumps(settings | {"max_steps": self.run.max_steps}, default=str))
+        return json.loads(json.dumps(settings | {"max_steps": self.run.state.max_steps}, default=str))
 
     @functools.cached_property
     def _samples(self) -> str:
         return self.stream.fingerprint()
 
-    def before_training(self, left: Callable, output: RunLog, callbacks: Callbacks) -> None:
-        if self.args.eval_on_start and self.run.global_step == 0:
-            self._evaluate(left, output, callbacks)
+    @property
+    def saves(self) -> bool:
+        return self.checkpoints is not None
 
-    def after_step(
-        self,
-        state: TrainState,
-        left: Callable[[], tuple[Params, Lora | None]],
-        output: RunLog,
-        callbacks: Callbacks,
-        settle: Callable[[], None],
-        epoch_ends: bool,
-        ends: bool,
-    ) -> None:
+    def before_training(self) -> None:
+        if self.args.eval_on_start and self.run.state.global_step == 0:
+            self._evaluate()
+
+    def after_step(self, settle: Callable[[], None], epoch_ends: bool, ends: bool) -> None:
         """Evaluates and saves if it is time to, or a callback asks for it; and saves if the run `ends` early."""
-        when = (self.run.global_step, self.run.max_steps, epoch_ends)
+        state, callbacks = self.run.state, self.run.callbacks
+        when = (state.global_step, state.max_steps, epoch_ends)
         if callbacks.asked("should_evaluate") or (self.args.evaluates(*when) and self.eval_sets):
             settle()
-            is_best = self._evaluate(left, output, callbacks)
+            is_best = self._evaluate()
         else:
             is_best = False
         due = self.args.saves(*when) or (is_best and self.args.save_strategy == "best")
         if self.checkpoints is not None and (callbacks.asked("should_save") or due or ends):
             settle()
-            self._save(state, callbacks)
+            self._save()
 
-    def _evaluate(self, left: Callable, output: RunLog, callbacks: Callbacks) -> bool:
+    def _evaluate(self) -> bool:
         """Whether it was the best so far."""
-        params, lora = left()
+        params, lora = self.run.trained.left()
         batch_size = self.args.per_device_eval_batch_size
         metrics = evaluate_all(self.model.causal_lm, params, lora, self.eval_sets, batch_size)
-        record = {"step": float(self.run.global_step), "epoch": self.run.epoch, **metrics}
-        self.run.log_history.append(record)
-        output.write_evaluation(record)
-        callbacks.call("on_evaluate", metrics=metrics)  # with the best before it, as in transformers
+        self.run.evaluated(metrics)
         return self._note_best(metrics)
 
     def _note_best(self, metrics: Record) -> bool:
         if self.args.metric_for_best_model is None and "eval_loss" not in metrics:
             return False  # several datasets, and nobody said which counts
-        value, best = self.args.metric_of(metrics), self.run.best_metric
+        state = self.run.state
+        value, best = self.args.metric_of(metrics), state.best_metric
         is_best = best is None or (value > best if self.args.greater_is_better else value < best)
         if is_best:
-            self.run.best_metric, self.run.best_global_step = value, self.run.global_step
+            state.best_metric, state.best_global_step = value, state.global_step
         return is_best
 
-    def _save(self, state: TrainState, callbacks: Callbacks) -> None:
+    def _save(self) -> None:
         assert self.checkpoints is not None and self.folder is not None
-        if self.run.best_global_step == self.run.global_step:
-            self.run.best_model_checkpoint = str(self.folder / f"checkpoint-{self.run.global_step}")
-        best = self.run.best_model_checkpoint
+        run = self.run
+        if run.state.best_global_step == run.state.global_step:
+            run.state.best_model_checkpoint = str(self.folder / f"checkpoint-{run.state.global_step}")
+        best = run.state.best_model_checkpoint
         content = {
-            **dataclasses.asdict(self.run),
-            "tally": dataclasses.asdict(self.tally),
+            **dataclasses.asdict(run.state),
+            "tally": dataclasses.asdict(run.tally),
             "data": self.stream.state(),
             "samples": self._samples,
             "settings": self._settings(),
             "model": fingerprint(self.model.causal_lm),
         }
-        path = self.checkpoints.save(state, content, self._save_model, None if best is None else Path(best))
+        path = self.checkpoints.save(
+            run.trained.state, content, self._save_model, None if best is None else Path(best)
+        )
         if self.checkpoints.with_state:
             self.last_checkpoint = path
-        callbacks.call("on_save")
+        run.callbacks.call("on_save")
 
     def _save_model(self, folder: Path, state: TrainState) -> None:
         """The model for other programs; but whole weights only where no state has them."""
@@ -199,14 +202,11 @@ class Keeper:
         """What the run leaves, once all is written: the best checkpoint's state, if that was asked for."""
         if self.checkpoints is not None:
             self.checkpoints.close()
-        best = self.run.best_model_checkpoint
-        if (
-            not self.args.load_best_model_at_end
-            or best is None
-            or self.run.best_global_step == self.run.global_step
-        ):
+        of = self.run.state
+        best = of.best_model_checkpoint
+        if not self.args.load_best_model_at_end or best is None or of.best_global_step == of.global_step:
             return state
-        log.info("loading the best model, of step %s (%s)", self.run.best_global_step, best)
+        log.info("loading the best model, of step %s (%s)", of.best_global_step, best)
         return read_state(Path(best), state)
 
     def abandon(self) -> None:

@@ -5,14 +5,14 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from jaxtune.training.config import TrainingConfig
+from jaxtune.training.seeing_config import SeeingConfig
 
 EVAL_STRATEGIES = ("no", "steps", "epoch")
 SAVE_STRATEGIES = ("no", "steps", "epoch", "best")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KeepingConfig(TrainingConfig):
+class KeepingConfig(SeeingConfig):
     eval_strategy: str = "no"
     """When the eval_dataset's loss is taken: no, steps (every eval_steps) or epoch."""
     eval_steps: float | None = None

@@ -46,7 +46,7 @@ def run(
             return
         number, metrics, facts = pending
         pending = None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
         sample_ids = facts.get("sample_ids")
         facts = {name: fact for name, fact in facts.items() if name != "sample_ids"}
@@ -66,7 +66,7 @@ def run(
         if skipped:
             log.warning("%s It is skipped: %d in a row, of at most %d.", found, skipped, skips)
             values = {}
-        on_record({"step": float(number), **values, **facts, "step_time_sec": now - clock})
+        on_record({"step": number, **values, **facts, "step_time_sec": now - clock})
         clock = now
 
     for number, (batch, facts) in enumerate(batches, start=int(state.step) + 1):

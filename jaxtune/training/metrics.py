@@ -1,4 +1,5 @@
-"""What a run shows and leaves behind: a progress bar, a line in the log for every logged step, and metrics.jsonl."""
+"""What a run shows and leaves behind: a progress bar, a line in the log for every logged step, and the same numbers in
+metrics.jsonl and whatever tracker was asked for."""
 
 import dataclasses
 import json
@@ -9,29 +10,28 @@ from typing import Any
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from jaxtune.folders import cannot_write, refuse_strangers
 from jaxtune.log import get_logger
 from jaxtune.progress import progress_bar
-from jaxtune.training.config import TrainingConfig
+from jaxtune.reporting.metrics_file import MetricsFile
+from jaxtune.reporting.trackers import Tracker, names_of, open_trackers
+from jaxtune.training import speed
+from jaxtune.training.callbacks import RunState
 from jaxtune.training.loop import Record
+from jaxtune.training.seeing_config import SeeingConfig
 
 log = get_logger(__name__)
-
-FILE = "metrics.jsonl"
-COMPLETIONS_FILE = "completions.jsonl"
-"""What a GRPO run may write beside it: it belongs to the same run, and goes when the next one begins."""
-
 
 NOT_AVERAGED = ("step", "epoch", "num_tokens", "learning_rate", "grad_norm", "skipped_steps")
 """Of several records, the last one's counts."""
 
 
 def average(records: Sequence[Record]) -> Record:
-    """One record for several steps: means over those that have the number."""
+    """One record for several steps: means over those that have the number. What is whole in one record stays so."""
     names = dict.fromkeys(name for record in records for name in record)
     values = {name: [record[name] for record in records if name in record] for name in names}
     return {
-        name: each[-1] if name in NOT_AVERAGED else sum(each) / len(each) for name, each in values.items()
+        name: each[-1] if name in NOT_AVERAGED or len(each) == 1 else sum(each) / len(each)
+        for name, each in values.items()
     }
 
 
@@ -41,6 +41,7 @@ class Tally:
 
     steps: int = 0
     samples: float = 0.0
+    tokens: int = 0
     loss_sum: float = 0.0
     skipped: int = 0
     """Of the steps, those that had no finite loss or gradient."""
@@ -50,11 +51,13 @@ class Tally:
     def add(self, record: Record) -> None:
         self.steps += 1
         self.samples += record.pop("samples")
+        self.tokens += int(record["tokens"])
+        record.setdefault("num_tokens", self.tokens)
         if "loss" in record:
             self.loss_sum += record["loss"]
         else:
             self.skipped += 1
-            record["skipped_steps"] = float(self.skipped)
+            record["skipped_steps"] = self.skipped
         self.unlogged.append(record)
 
     @property
@@ -68,83 +71,74 @@ class Tally:
 
 
 class RunLog:
-    """A context manager around a run. The first line of metrics.jsonl has the settings, each other one a step. Of a
-    step's numbers, those of `headline` come first, and stand beside the progress bar."""
+    """A context manager around a run. Of a step's numbers, those of `headline` come first, and stand beside the
+    progress bar."""
 
-    def __init__(
-        self,
-        config: TrainingConfig,
-        total_steps: int,
-        headline: Sequence[str] = ("loss",),
-        history: Sequence[Record] = (),
-        done: int = 0,
-    ):
-        """`history` is what a run that is resumed had written after its `done` steps."""
-        self.headline = headline
-        self.file = None if config.output_dir is None else _begin(Path(config.output_dir), resumed=done > 0)
-        settings = dataclasses.asdict(config) | {"output_dir": str(config.output_dir)}
-        self._write_line({"settings": settings})
-        for record in history:
-            self._write_line(record)
+    def __init__(self, args: SeeingConfig, state: RunState, headline: Sequence[str]):
+        """The log of a run that is resumed begins with what it had logged before."""
+        self.headline, self.settings = headline, plain(args)
+        self.trackers: list[Tracker] = []
+        if args.output_dir is not None:
+            resumed = state.global_step > 0
+            self.trackers.append(MetricsFile(Path(args.output_dir), tuple(state.log_history), resumed))
+        self.trackers += open_trackers(
+            names_of(args.report_to), name=args.run_name, project=args.project, folder=args.event_folder
+        )
         self.above_the_bar = logging_redirect_tqdm([logging.getLogger("jaxtune")])
-        self.bar = progress_bar(total=total_steps, initial=done, unit="step")
+        self.bar = progress_bar(
+            total=state.max_steps, initial=state.global_step, unit="step", disable=args.disable_tqdm
+        )
 
     def write(self, record: Record) -> None:
-        self._write_line(record)
+        """Of some steps."""
+        self._push(record)
         if "loss" not in record:  # all were skipped, and that was said
             return
-        first = {name: f"{record[name]:.4f}" for name in self.headline if name in record}
-        log.info(
-            "step %d/%d (epoch %.2f): %s, grad_norm %.3f, lr %.2e, %.0f tokens/s",
-            record["step"],
-            self.bar.total,
-            record["epoch"],
-            ", ".join(f"{name} {value}" for name, value in first.items()),
-            record["grad_norm"],
-            record["learning_rate"],
-            record["tokens"] / record["step_time_sec"],
-        )
-        self.bar.set_postfix(first)
+        first = [f"{name} {record[name]:.4f}" for name in self.headline if name in record]
+        fast = speed.in_words(record)
+        slow = [f"grad_norm {record['grad_norm']:.3f}", f"lr {record['learning_rate']:.2e}"]
+        where = f"step {record['step']:.0f}/{self.bar.total} (epoch {record['epoch']:.2f})"
+        log.info("%s: %s", where, ", ".join([*first, *slow, *fast]))
+        self.bar.set_postfix_str(", ".join([*first, *fast]))
 
     def write_evaluation(self, record: Record) -> None:
-        self._write_line(record)
-        log.info(
-            "evaluated at step %d: %s",
-            record["step"],
-            ", ".join(f"{name} {value:.4f}" for name, value in record.items() if name.endswith("loss")),
-        )
+        self._push(record)
+        losses = [f"{name} {value:.4f}" for name, value in record.items() if name.endswith("loss")]
+        log.info("evaluated at step %d: %s", record["step"], ", ".join(losses))
 
-    def _write_line(self, content: dict[str, Any]) -> None:
-        if self.file is None:
-            return
-        try:
-            with self.file.open("a") as file:
-                file.write(json.dumps(content) + "\n")
-        except OSError as error:
-            raise cannot_write(self.file, error) from error
+    def write_other(self, record: Record) -> None:
+        """What a script or a callback has to say."""
+        self._push(record)
+        log.info(", ".join(f"{name} {value}" for name, value in record.items()))
 
     def advance(self) -> None:
         self.bar.update()
 
+    def _push(self, record: Record) -> None:
+        for tracker in self.trackers:
+            tracker.log(int(record["step"]), record)
+
     def __enter__(self) -> "RunLog":
+        for tracker in self.trackers:
+            tracker.begin(self.settings)
         self.above_the_bar.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.above_the_bar.__exit__(None, None, None)
         self.bar.close()
+        for tracker in self.trackers:
+            tracker.end()
 
 
-def _begin(folder: Path, resumed: bool) -> Path:
-    """The path of the run's file. Nothing is left of an earlier run's."""
-    if not any(folder.glob("checkpoint-*")):  # which are ours, wherever they were copied from
-        refuse_strangers(folder, marker=FILE)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / FILE).is_file() and not resumed:
-            log.info("%s is replaced: it was of an earlier run.", folder / FILE)
-        for name in (FILE, COMPLETIONS_FILE):
-            (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
-    return folder / FILE
+def plain(settings: Any) -> dict[str, Any]:
+    """A config's fields as JSON has them."""
+    return _as_json(dataclasses.asdict(settings))
+
+
+def plain_defaults(settings: Any) -> dict[str, Any]:
+    return _as_json({field.name: field.default for field in dataclasses.fields(settings)})
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(values, default=str))

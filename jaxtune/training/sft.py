@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtune.data.batches import BatchStream, StepInfo, epoch_order
+from jaxtune.data.batches import Batch, BatchStream, StepInfo, epoch_order
 from jaxtune.data.formats import prepare
 from jaxtune.data.packing import pack
 from jaxtune.data.preview import preview
@@ -15,15 +15,19 @@ from jaxtune.data.sample_rows import SampleRows
 from jaxtune.data.token_cache import default_folder
 from jaxtune.errors import OptionError
 from jaxtune.log import get_logger, show
+from jaxtune.models.flops import useful_flops
 from jaxtune.models.layer_loop import Remat
 from jaxtune.options import ANY, mirrors
 from jaxtune.training.evaluation import evaluate_all
 from jaxtune.training.keeper import EvalSets, Keeper
 from jaxtune.training.loop import Record
 from jaxtune.training.losses import WatchedLoss, next_token_loss, unwatched
+from jaxtune.training.run_report import Shown, shown
 from jaxtune.training.sft_config import SFTConfig
+from jaxtune.training.speed import sample_lengths
 from jaxtune.training.tokenizer_options import change_tokenizer
-from jaxtune.training.trainer import Trainable, Trainer, TrainOutput
+from jaxtune.training.trained import Trainable
+from jaxtune.training.trainer import Trainer, TrainOutput
 
 log = get_logger(__name__)
 
@@ -139,7 +143,7 @@ class SFTTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
         """Trains from the beginning, or from a checkpoint: a folder, or True for the newest in output_dir."""
         stream = self.batches()
-        with_facts = ((batch, _facts(info)) for batch, info in stream)
+        with_facts = ((batch, _facts(info) | self._useful_flops(batch)) for batch, info in stream)
         keeper = Keeper(
             self.args,
             self.model,
@@ -151,6 +155,10 @@ class SFTTrainer(Trainer):
         total_steps = self.args.total_steps(stream.steps_per_epoch)
         noisy = bool(self.args.neftune_noise_alpha)
         return self._train(self._loss_at, lambda newest: with_facts, total_steps, keeper, draws_noise=noisy)
+
+    def _useful_flops(self, batch: Batch) -> dict[str, float]:
+        lengths, model = sample_lengths(batch["segment_ids"]), self.model
+        return {"useful_flops": useful_flops(model.causal_lm.config, lengths, full=model.full_finetuning)}
 
     def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> Record:
         """The loss of a dataset, by default of the trainer's own, with the model as it is now. What
@@ -212,6 +220,13 @@ class SFTTrainer(Trainer):
         )
         packs = self.args.packs_evaluations
         return {name: self._items(each, packs) for name, each in (named or {prefix: samples}).items()}
+
+    def _shown(self, count: int) -> list[Shown]:
+        """Of the first dataset that is evaluated, or else of what is trained on."""
+        evaluated = self.eval_samples
+        samples = next(iter(evaluated.values()), None) if isinstance(evaluated, dict) else evaluated
+        samples = self.samples if samples is None else samples
+        return [shown(sample) for sample in samples[:count]]
 
     def preview(self, index: int = 0) -> None:
         """Prints a sample as it will be trained on: its tokens, and which of them the loss counts."""

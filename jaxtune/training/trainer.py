@@ -4,47 +4,41 @@ was trained: its adapter, or with full fine-tuning its weights.
 A trainer of its own kind adds what its batches are and what its loss is.
 """
 
-import itertools
-import time
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import optax
 
-from jaxtune.errors import AdapterError, DivergenceError, OptionError
+from jaxtune.errors import AdapterError, OptionError
+from jaxtune.folders import cannot_write
 from jaxtune.loading.tokenizer import require_rows
-from jaxtune.log import show
-from jaxtune.models.causal_lm import CausalLM, Lora, Params
+from jaxtune.log import get_logger, show
 from jaxtune.models.layer_loop import Remat
-from jaxtune.training.callbacks import Callbacks, RunState, require_callbacks
+from jaxtune.reporting import curves
+from jaxtune.reporting.trackers import names_of, require_packages
+from jaxtune.training.callbacks import RunState, find_callback, require_callbacks
 from jaxtune.training.config import TrainingConfig
 from jaxtune.training.fitting import FittingStep
 from jaxtune.training.keeper import Keeper
-from jaxtune.training.loop import Record, run
+from jaxtune.training.loop import Record
 from jaxtune.training.losses import WatchedLoss, of_all_weights
-from jaxtune.training.metrics import RunLog, Tally
-from jaxtune.training.optimizers import averaged, make_optimizer, offloaded, own_rates, skipping
+from jaxtune.training.optimizers import make_optimizer, offloaded, own_rates, skipping
 from jaxtune.training.remat import compiler_options, level, remat
+from jaxtune.training.run_report import Shown
+from jaxtune.training.running import Batches, Run
 from jaxtune.training.schedules import Schedule, schedule
-from jaxtune.training.step import CompiledLater, TrainState, init_state, make_step
-from jaxtune.training.termination import TERMINATED, terminable
+from jaxtune.training.seeing_config import SeeingConfig
+from jaxtune.training.step import CompiledLater, make_step
+from jaxtune.training.trained import Trainable, Trained
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-class Trainable(Protocol):
-    """What a trainer needs of a model; `jaxtune.LanguageModel` is one."""
-
-    causal_lm: CausalLM
-    params: Params
-    lora: Lora | None
-    full_finetuning: bool
-    tokenizer: Any
-    max_seq_length: int
-    gradient_checkpointing: bool | str
-    stop_ids: tuple[int, ...]
-
-    def save_pretrained(self, save_directory: str | Path, tokenizer: Any = None) -> None: ...
+log = get_logger(__name__)
 
 
 class TrainOutput(NamedTuple):
@@ -55,25 +49,18 @@ class TrainOutput(NamedTuple):
     metrics: dict[str, float]
 
 
-Newest = Callable[[], tuple[Params, Lora | None]]
-"""The model's weights and its adapter as they are now, while either is being trained."""
-
-Batches = Callable[[Newest], Iterator[tuple[Mapping[str, Any], Mapping[str, float]]]]
-"""Endless batches [A, R, L], each with facts for the log: `epoch` and `samples` among them."""
-
-
 class Trainer:
     """`log_history` is every logged step's numbers."""
 
-    config_type: ClassVar[type[TrainingConfig]]
-    args: TrainingConfig
+    config_type: ClassVar[type[SeeingConfig]]
+    args: SeeingConfig
     headline: ClassVar[tuple[str, ...]] = ("loss",)
     """Of a step's numbers, those that the progress bar shows."""
 
     def __init__(
         self,
         model: Trainable,
-        args: TrainingConfig | None,
+        args: SeeingConfig | None,
         *,
         train_dataset: Any,
         processing_class: Any,
@@ -106,13 +93,22 @@ class Trainer:
                 f"{name} was given no train_dataset.", expected="a dataset.", fix="Pass train_dataset=..."
             )
         self.model, self.args = model, args or self.config_type()
+        require_packages(names_of(self.args.report_to))
         self.processing_class: Any = next(
             (t for t in (processing_class, tokenizer, model.tokenizer) if t is not None), None
         )
+        if self.processing_class is None and self.args.report_samples:
+            raise OptionError(
+                f"report_samples={self.args.report_samples}, and there is no tokenizer to read answers with.",
+                expected="the model's tokenizer.",
+                fix="Pass processing_class=tokenizer, or leave report_samples out.",
+            )
         require_rows(self.processing_class, model.causal_lm.config.vocab_size)
         self.callbacks = require_callbacks(callbacks)
         self.state: RunState | None = None
         """Where the newest run is, or was when it ended."""
+        self._run: Run | None = None
+        """The one that is under way."""
         self.log_history: list[Record] = []
         self.step: FittingStep | None = None
         """That of the newest run: `step.level` is what it computes again, and what it keeps where."""
@@ -126,13 +122,38 @@ class Trainer:
         draws_noise: bool = False,
     ) -> TrainOutput:
         """`keeper` evaluates and saves, where a trainer can."""
+        optimizer, rate = optimizer_of(self.args, total_steps)
+        step = self.step = self._step_of(loss_at, optimizer, rate, draws_noise)
+        run = Run(
+            self.args,
+            self.model,
+            Trained(self.model, optimizer),
+            total_steps,
+            callbacks=self.callbacks,
+            processing_class=self.processing_class,
+            headline=self.headline,
+            keeper=keeper,
+            shown=self._shown(self.args.report_samples) if self.args.report_samples else (),
+        )
+        self.state, self.log_history = run.state, run.state.log_history
+        self._run = run
+        try:
+            metrics = run.go(step, batches)
+        finally:
+            self._run = None
+        return TrainOutput(run.tally.steps, metrics["train_loss"], metrics)
+
+    def _step_of(
+        self,
+        loss_at: Callable[[Remat], WatchedLoss],
+        optimizer: optax.GradientTransformation,
+        rate: Schedule,
+        draws_noise: bool,
+    ) -> FittingStep:
         model, args = self.model, self.args
-        optimizer, rate = optimizer_of(args, total_steps)
-        config = model.causal_lm.lora_config
+        config, trains_all = model.causal_lm.lora_config, model.lora is None
         draws = draws_noise or (config is not None and config.lora_dropout > 0)
         dropout_seed = args.seed if draws else None
-        trains_all = model.lora is None
-        trained, frozen = (model.params, {}) if model.lora is None else (model.lora, model.params)
 
         def loss_of(how: Remat) -> WatchedLoss:
             return of_all_weights(loss_at(how)) if trains_all else loss_at(how)
@@ -146,106 +167,7 @@ class Trainer:
         asked, option = args.gradient_checkpointing, "gradient_checkpointing"
         if asked is None:
             asked, option = model.gradient_checkpointing, "use_gradient_checkpointing"
-        step = self.step = FittingStep(step_at, loss_of, level(asked), option)
-        # There is one copy of the weights: while they are trained, the model's are the newest.
-        state = init_state(trained, optimizer, consume=trains_all)
-        if not trains_all:  # nor is there a second adapter, unless someone else holds it
-            model.lora = jax.device_get(model.lora)
-        del trained
-        run_state = self.state = RunState(total_steps, args.num_train_epochs)
-        tally = Tally()
-
-        def newest() -> tuple[Params, Lora | None]:
-            return (model.params, None) if trains_all else (model.params, state.trained)
-
-        def hand_over(newest_state: TrainState) -> None:
-            nonlocal state  # the one before is consumed
-            state = newest_state
-            if trains_all:
-                model.params = newest_state.trained
-
-        def left() -> tuple[Params, Lora | None]:
-            """What the run would leave if it ended now."""
-            final = averaged(state.trained, state.optimizer)
-            return (final, None) if trains_all else (model.params, final)
-
-        def keep() -> None:
-            model.params, model.lora = left()
-
-        if keeper is not None:
-            hand_over(keeper.begin(run_state, tally, state))
-        self.log_history = run_state.log_history
-        callbacks = Callbacks(
-            self.callbacks, args, run_state, model=model, processing_class=self.processing_class
-        )
-        started, begun_at = time.perf_counter(), run_state.global_step
-        with (
-            RunLog(args, total_steps, self.headline, run_state.log_history, begun_at) as output,
-            terminable() as end,
-        ):
-
-            def write_log() -> None:
-                record = tally.average()
-                run_state.log_history.append(record)
-                output.write(record)
-                callbacks.call("on_log", logs=record)
-
-            def on_record(record: Record) -> None:
-                tally.add(record)
-                if tally.steps % args.logging_steps == 0 or tally.steps == total_steps:
-                    write_log()
-                output.advance()
-
-            def after_step(facts: Mapping[str, Any], settle: Callable[[], None]) -> bool:
-                run_state.global_step += 1
-                run_state.epoch = facts["epoch"]
-                epoch_ends = float(facts["epoch"]).is_integer()
-                callbacks.call("on_step_end")
-                if epoch_ends:
-                    callbacks.call("on_epoch_end")
-                if keeper is not None:
-                    keeper.after_step(state, left, output, callbacks, settle, epoch_ends, bool(end))
-                goes_on = not (callbacks.control.should_training_stop or end)
-                if goes_on and run_state.global_step < total_steps:
-                    if epoch_ends:
-                        callbacks.call("on_epoch_begin")
-                    callbacks.call("on_step_begin")
-                return goes_on
-
-            for hook in ("on_train_begin", "on_epoch_begin", "on_step_begin"):
-                callbacks.call(hook)
-            if keeper is not None:
-                keeper.before_training(left, output, callbacks)
-            stream = itertools.islice(batches(newest), total_steps - begun_at)
-            try:
-                run(step, state, frozen, stream, on_record, hand_over, after_step, args.skip_nonfinite_steps)
-                if tally.unlogged:  # stopped between two lines
-                    write_log()
-                if keeper is not None:
-                    hand_over(keeper.end(state))
-            except DivergenceError as error:
-                if keeper is not None:
-                    keeper.abandon()
-                raise self._diverged(error, keeper, trains_all) from error
-            except BaseException:  # an interrupt, a reward function, a full disk: what was learnt is not lost
-                if keeper is not None:
-                    keeper.abandon()
-                if not any(map(_is_gone, jax.tree.leaves(state.trained))):
-                    keep()
-                raise
-        keep()
-        callbacks.call("on_train_end")
-        if end:
-            raise SystemExit(TERMINATED)
-        runtime, steps = time.perf_counter() - started, tally.steps
-        metrics = {
-            "train_runtime": runtime,
-            "train_samples_per_second": tally.samples / runtime,
-            "train_steps_per_second": (steps - begun_at) / runtime,
-            "train_loss": tally.mean_loss,
-            "epoch": run_state.epoch,
-        }
-        return TrainOutput(steps, metrics["train_loss"], metrics)
+        return FittingStep(step_at, loss_of, level(asked), option)
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """The model as it is now, as its own `save_pretrained` writes it, with the tokenizer; to output_dir by
@@ -261,19 +183,79 @@ class Trainer:
     def add_callback(self, callback: Any) -> None:
         self.callbacks += require_callbacks([callback])
 
-    def _diverged(self, error: DivergenceError, keeper: Keeper | None, trains_all: bool) -> DivergenceError:
-        """The same, with what there is to go on from."""
-        fix = error.fix
-        last = None if keeper is None else keeper.last_checkpoint
-        if last is not None:
-            fix += f" The last checkpoint before it is {last}: resume_from_checkpoint takes it."
-        elif trains_all:
-            fix += " First load the model again: the weights that it began with are gone."
-        return DivergenceError(error.found, expected=error.expected, fix=fix)
+    def pop_callback(self, callback: Any) -> Any:
+        """Takes one away, or the first of a class, and returns it; None if there is none."""
+        found = find_callback(self.callbacks, callback)
+        if found is not None:
+            self.callbacks.remove(found)
+        return found
+
+    def remove_callback(self, callback: Any) -> None:
+        self.pop_callback(callback)
+
+    def log(self, logs: Record) -> None:
+        """Adds numbers to the log: to a run's own, with its trackers and callbacks, while one is under way."""
+        if self._run is not None:
+            self._run.say(logs)
+        else:
+            self.log_history.append(self._now() | logs)
+
+    def _now(self) -> Record:
+        return {} if self.state is None else {"step": self.state.global_step, "epoch": self.state.epoch}
+
+    def log_metrics(self, split: str, metrics: Record) -> None:
+        """Prints them, a line each."""
+        for name, value in sorted(metrics.items()):
+            log.info(
+                "%s metrics: %s = %s", split, name, f"{value:.4f}" if isinstance(value, float) else value
+            )
+
+    def save_metrics(self, split: str, metrics: Record, combined: bool = True) -> None:
+        """To <split>_results.json in output_dir; `combined` adds them to all_results.json too."""
+        folder = self._folder("save_metrics()")
+        _write_json(folder / f"{split}_results.json", metrics)
+        if combined:
+            path = folder / "all_results.json"
+            before = json.loads(path.read_text()) if path.is_file() else {}
+            _write_json(path, before | metrics)
+
+    def save_state(self) -> None:
+        """Where the newest run is, with its log, as trainer_state.json in output_dir. (A checkpoint has its own.)"""
+        folder = self._folder("save_state()")
+        if self.state is not None:
+            _write_json(folder / "trainer_state.json", dataclasses.asdict(self.state))
+
+    def is_world_process_zero(self) -> bool:
+        return jax.process_index() == 0
+
+    def plot(self) -> "Figure":
+        """The curves of the log, as a figure that a notebook shows."""
+        panels = curves.panels(self.log_history)
+        if not panels:
+            raise OptionError(
+                "plot() of a trainer whose log is empty.", expected="a run.", fix="Call train() first."
+            )
+        return curves.figure(panels)
+
+    def _shown(self, count: int) -> list[Shown]:
+        """Prompts for the report, of a trainer that has any."""
+        return []
+
+    def _folder(self, what: str) -> Path:
+        folder = self.args.output_dir
+        if folder is None:
+            raise OptionError(
+                f"{what} of a trainer without an output_dir.", expected="a folder.", fix="Set output_dir."
+            )
+        return Path(folder)
 
 
-def _is_gone(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and leaf.is_deleted()
+def _write_json(path: Path, content: Any) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def optimizer_of(args: TrainingConfig, total_steps: int) -> tuple[optax.GradientTransformation, Schedule]:

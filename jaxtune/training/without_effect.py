@@ -25,12 +25,9 @@ WITHOUT_EFFECT = {
     **_any("do_train do_eval do_predict overwrite_output_dir"),
     # Logging.
     **_any("""
-        disable_tqdm run_name project trackio_space_id trackio_bucket_id trackio_static_space_id logging_dir
-        logging_first_step logging_nan_inf_filter log_level log_level_replica include_num_input_tokens_seen
-        include_tokens_per_second
+        trackio_space_id trackio_bucket_id trackio_static_space_id logging_nan_inf_filter log_level
+        log_level_replica include_num_input_tokens_seen include_tokens_per_second
     """),
-    "report_to": ("none", [], None),
-    "logging_strategy": "steps",
     # Evaluations are of the loss, whatever the batch.
     **_any("""
         per_device_eval_batch_size eval_accumulation_steps prediction_loss_only eval_do_concat_batches

@@ -65,6 +65,8 @@ def compare(ours, theirs, tolerance, steps=STEPS):
         mine, expected = (np.array([record[name] for record in log]) for log in (ours, theirs))
         assert len(mine) == len(expected) == steps
         np.testing.assert_allclose(mine, expected, rtol=tolerance, atol=tolerance, err_msg=name)
+    for name in ("step", "num_tokens"):
+        assert [record[name] for record in ours] == [record[name] for record in theirs], name
     assert steps < STEPS or ours[-1]["loss"] < 0.97 * ours[0]["loss"], "it learns"
 
 

@@ -274,6 +274,27 @@ def test_the_log_averages_and_leaves_the_run_as_it_is_to_the_bit(model, baseline
     assert lines == trainer.log_history
 
 
+def test_what_is_seen_of_a_run(model, baseline, tmp_path):
+    """The mechanisms are the trainers' common ones (tests/training/test_seeing.py)."""
+    args = GRPOConfig(**{**BASE, "output_dir": tmp_path / "run", "report_samples": 2, "run_name": "foxes"})
+    notes = []
+
+    class Notes:
+        def on_log(self, args, state, control, logs, **more):
+            notes.append(logs)
+
+    trainer = GRPOTrainer(
+        dataclasses.replace(model), [low_share, last_is_even], args, train_dataset=ROWS, callbacks=[Notes()]
+    )
+    trainer.train()
+    assert_trees_equal(trainer.model.lora, baseline.model.lora)
+    assert notes == trainer.log_history
+    assert [axes.get_title() for axes in trainer.plot().axes][:2] == ["loss", "reward"]
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert "<h1>foxes</h1>" in text and "rewards/low_share/mean goes from" in text
+    assert text.count("<dt>before</dt>") == 2 and "in the dataset" not in text
+
+
 def test_conversations(model):
     """Prompts are rendered up to the assistant's turn; completions are messages."""
     tokenizer = get_chat_template(models.fresh_tokenizer(), "chatml")
@@ -373,7 +394,7 @@ def test_a_run_that_fails_leaves_its_settings_and_no_table_of_an_older_one(model
     assert (folder / "completions.jsonl").is_file()
     with pytest.raises(RewardError, match="None or NaN for all"):
         train(model, [never], output_dir=folder)
-    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "report.html"]
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
 
 

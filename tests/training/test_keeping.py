@@ -26,6 +26,7 @@ EVAL = [{"input_ids": np.random.default_rng(100 + i).integers(0, 128, 20).tolist
 BASE = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=6, learning_rate=1e-2)
 TIMES = {
     "step_time_sec",
+    "tokens_per_second",
     "compile_seconds",
     "eval_runtime",
     "eval_samples_per_second",
@@ -261,6 +262,32 @@ class TestCheckpoints:
         assert_trees_equal(again.model.lora, undisturbed[0].model.lora)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
+    def test_the_first_ctrl_c_saves_and_ends(self, model, undisturbed, tmp_path):
+        interrupt = Asks(3, lambda control: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            trained(model, tmp_path / "run", callbacks=[interrupt])
+        assert saved(tmp_path / "run") == ["checkpoint-3"]
+        again = trained(model, tmp_path / "run", True)
+        assert_trees_equal(again.model.lora, undisturbed[0].model.lora)
+
+    def test_the_second_ctrl_c_ends_at_once(self, model, tmp_path):
+        def twice(control):
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        trainer = trainer_of(model, tmp_path / "run", callbacks=[Asks(3, twice)])
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        assert not saved(tmp_path / "run") and trainer.state.global_step == 3
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+    def test_where_nothing_is_saved_one_ctrl_c_ends_at_once(self, model, tmp_path):
+        seen = []
+        asks = [Asks(3, lambda control: os.kill(os.getpid(), signal.SIGINT)), Asks(3, seen.append)]
+        with pytest.raises(KeyboardInterrupt):
+            trained(model, tmp_path / "run", callbacks=asks, save_strategy="no")
+        assert not seen
+
     def test_a_loss_that_is_not_finite_names_samples_and_checkpoint(self, model, tmp_path):
         spoil = Asks(2, lambda control: trainer.model.params["norm"].update(weight=np.nan * norm))
         trainer = trainer_of(model, tmp_path / "run", callbacks=[spoil], save_steps=2)
@@ -398,6 +425,7 @@ class TestCallbacks:
             ("on_step_end", 1, always), ("on_step_begin", 1, always),
             ("on_log", 1, ["logs", *always]),
             ("on_step_end", 2, always), ("on_epoch_end", 2, always),
+            ("on_log", 2, ["logs", *always]),
             ("on_log", 2, ["logs", *always]), ("on_evaluate", 2, ["metrics", *always]), ("on_save", 2, always),
             ("on_train_end", 2, always),
         ]  # fmt: skip
@@ -469,9 +497,13 @@ class TestTheBest:
         ]
         assert saved(tmp_path) == [f"checkpoint-{step}" for step in records]
 
-    def test_a_metric_that_there_is_not(self, model):
+    def test_a_metric_that_there_is_not_is_noticed_before_the_first_step(self, model):
+        trainer = trainer_of(model, eval_dataset=EVAL, eval_strategy="epoch", metric_for_best_model="acuracy")
         with pytest.raises(OptionError, match=r"metric_for_best_model='acuracy'.*\n.*eval_loss"):
-            trained(model, eval_dataset=EVAL, eval_strategy="epoch", metric_for_best_model="acuracy")
+            trainer.train()
+        assert trainer.log_history == []
+        assert_trees_equal(trainer.model.lora, model.lora)
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(trainer.model.lora))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from jaxtune import LanguageModel, SFTConfig, SFTTrainer, get_chat_template, train_on_responses_only
 from jaxtune.data import formats
 from jaxtune.errors import OptionError
-from jaxtune.training import loop, trainer
+from jaxtune.training import loop, running
 from jaxtune.training.optimizers import averaged
 from jaxtune.training.trainer import optimizer_of
 from tests.kit import models, tiny
@@ -130,7 +130,7 @@ def test_the_device_holds_one_adapter_while_it_is_trained(model, monkeypatch):
         held.append(copy.lora)
         return loop.run(*args, **more)
 
-    monkeypatch.setattr(trainer, "run", watched)
+    monkeypatch.setattr(running, "run", watched)
     copy = dataclasses.replace(model)
     SFTTrainer(copy, SFTConfig(**BASE), train_dataset=ROWS).train()
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(held))
@@ -195,7 +195,7 @@ def test_schedule_free_learning_leaves_the_average(model, full_finetuning, monke
         noted = lambda s: (states.append(s), on_state(s))
         return loop.run(step, state, frozen, stream, on_record, noted, *more)
 
-    monkeypatch.setattr(trainer, "run", watched)
+    monkeypatch.setattr(running, "run", watched)
     settings = {}
     if full_finetuning:
         params = jax.tree.map(lambda spec: np.full(spec.shape, 0.02, "float32"), model.causal_lm.skeleton)
