@@ -17,7 +17,7 @@ log = get_logger(__name__)
 
 Record = dict[str, float]
 """One step's numbers: the step's metrics, the batch's own facts, `step`, `step_time_sec`, and `compile_seconds` (which
-the step's time does not include) where its shape was new. That of a step which was skipped has no metrics."""
+the step's time does not include) where its shape was new. Of a step that was skipped it has the counts alone."""
 
 
 def run(
@@ -65,7 +65,7 @@ def run(
             )
         if skipped:
             log.warning("%s It is skipped: %d in a row, of at most %d.", found, skipped, skips)
-            values = {}
+            values = {name: value for name, value in values.items() if isinstance(value, int)}
         on_record({"step": number, **values, **facts, "step_time_sec": now - clock})
         clock = now
 

@@ -101,6 +101,7 @@ def test_skipped_steps_are_counted_and_in_no_mean(caplog):
     losses = [record["loss"] for record in trainer.log_history if "loss" in record]
     assert [record["skipped_steps"] for record in skipped] == [1, 2]
     assert not any("grad_norm" in record for record in skipped)
+    assert [record["num_tokens"] for record in trainer.log_history] == [34 * n for n in range(1, 9)]
     assert len(losses) == 6 and np.isfinite(losses).all()
     assert output.global_step == 8
     np.testing.assert_allclose(output.training_loss, np.mean(losses), rtol=1e-6)
