@@ -14,7 +14,7 @@ SAVE_STRATEGIES = ("no", "steps", "epoch", "best")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeepingConfig(SeeingConfig):
     eval_strategy: str = "no"
-    """When the eval_dataset's loss is taken: no, steps (every eval_steps) or epoch."""
+    """When the eval_dataset's loss is taken: no, steps (every eval_steps, and at the end) or epoch."""
     eval_steps: float | None = None
     """Steps between two evaluations; below 1, a part of all steps. None takes logging_steps."""
     eval_on_start: bool = False
@@ -95,8 +95,7 @@ class KeepingConfig(SeeingConfig):
         return _is_due(self.eval_strategy, every, step, total_steps, epoch_ends)
 
     def saves(self, step: int, total_steps: int, epoch_ends: bool) -> bool:
-        at_the_end = self.save_strategy == "steps" and step == total_steps
-        return at_the_end or _is_due(self.save_strategy, self.save_steps, step, total_steps, epoch_ends)
+        return _is_due(self.save_strategy, self.save_steps, step, total_steps, epoch_ends)
 
     def metric_of(self, metrics: Mapping[str, float]) -> float:
         """What is best among an evaluation's metrics."""
@@ -113,4 +112,5 @@ class KeepingConfig(SeeingConfig):
 def _is_due(strategy: str, every: float, step: int, total_steps: int, epoch_ends: bool) -> bool:
     if strategy == "epoch":
         return epoch_ends
-    return strategy == "steps" and step % (math.ceil(every * total_steps) if every < 1 else int(every)) == 0
+    every = math.ceil(every * total_steps) if every < 1 else int(every)
+    return strategy == "steps" and (step % every == 0 or step == total_steps)

@@ -99,7 +99,7 @@ class TestEvaluation:
     @pytest.mark.parametrize(
         ("settings", "at"),
         [
-            ({"eval_strategy": "steps", "eval_steps": 4}, [4]),
+            ({"eval_strategy": "steps", "eval_steps": 4}, [4, 6]),
             ({"eval_strategy": "steps", "eval_steps": 0.5}, [3, 6]),
             ({"eval_strategy": "steps", "logging_steps": 2}, [2, 4, 6]),
             ({"eval_strategy": "epoch"}, [2, 4, 6]),
