@@ -3,15 +3,16 @@
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtune.kernels.attention import cudnn, reference
+from jaxtune.kernels import gpu
+from jaxtune.kernels.attention import cudnn, mosaic_gpu, reference
 from jaxtune.kernels.choice import Candidates, choose
 
 BLOCK = 512
 """Queries at a time on the XLA path: 4 rows x 4096 keys x 32 heads keep 1 GiB of float32 scores."""
 
 NAME = "attention"
-IMPLEMENTATIONS: Candidates = {"cudnn": cudnn.why_not_here, "xla": None}
-"""By what the machine has; a case may ask for more."""
+IMPLEMENTATIONS: Candidates = {"cudnn": cudnn.why_not_here, "xla": None, "mosaic_gpu": gpu.why_not_mosaic}
+"""By what the machine has; a case may ask for more. The last is taken only by name: it has not run on a GPU yet."""
 
 
 def attention(
@@ -43,10 +44,20 @@ def attention(
     `implementation`: see `kernels.choice`. The output is named "attention" for rematerialisation, and what its backward
     pass needs besides "attention_statistics".
     """
-    why_not = lambda: cudnn.why_not_here() or cudnn.why_not(q_BTHD, pieces_GM, softcap)
-    if choose(NAME, implementation, {**IMPLEMENTATIONS, "cudnn": why_not}) == "cudnn":
+    _require_shapes(q_BTHD, k_BSKD, v_BSKD, q_segments_BT, kv_segments_BS, q_positions_BT, kv_positions_BS)
+    candidates: Candidates = {
+        **IMPLEMENTATIONS,
+        "cudnn": lambda: cudnn.why_not_here() or cudnn.why_not(q_BTHD, pieces_GM, softcap),
+        "mosaic_gpu": lambda: gpu.why_not_mosaic() or mosaic_gpu.why_not(q_BTHD, pieces_GM),
+    }
+    chosen = choose(NAME, implementation, candidates)
+    if chosen == "cudnn":
         assert pieces_GM is not None
         return cudnn.attention(q_BTHD, k_BSKD, v_BSKD, pieces_GM=pieces_GM, scale=scale, window=window)
+    if chosen == "mosaic_gpu":
+        return mosaic_gpu.attention(
+            q_BTHD, k_BSKD, v_BSKD, segments_BT=q_segments_BT, scale=scale, window=window, softcap=softcap
+        )[0]
     out = reference.attention(
         q_BTHD,
         k_BSKD,
@@ -61,3 +72,26 @@ def attention(
         block=BLOCK,
     )
     return checkpoint_name(out, cudnn.OUTPUT)
+
+
+def _require_shapes(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_segments: jax.Array,
+    kv_segments: jax.Array,
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+) -> None:
+    if k.shape != v.shape or (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]):
+        raise ValueError(
+            f"queries {q.shape}, keys {k.shape} and values {v.shape} are not of as many rows and of one head size"
+        )
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key/value heads")
+    for name, found, of in (
+        ("q_segments", q_segments, q), ("q_positions", q_positions, q), ("kv_segments", kv_segments, k),
+        ("kv_positions", kv_positions, k),
+    ):  # fmt: skip
+        if found.shape != of.shape[:2]:
+            raise ValueError(f"{name} are {found.shape}, and rows and tokens {of.shape[:2]}")

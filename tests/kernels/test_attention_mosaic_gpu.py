@@ -1,0 +1,170 @@
+"""The kernels of attention, on a machine without their GPU: in Pallas' interpreter they give the definition's values
+and gradients, for CUDA they lower at the shapes of real models. `tests/gpu` runs them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtune.kernels import gpu
+from jaxtune.kernels.attention import attention, mosaic_gpu
+from jaxtune.kernels.attention.intervals import intervals
+from tests.kit.compare import assert_close
+from tests.kit.kernel_cases import plain_attention
+
+ROWS = {
+    "one segment a row": [[256]],
+    "packed, lengths off the blocks": [[3, 67, 1, 59, 70, 56]],
+    "padding, and a segment of all tiles": [[1, 249], [40]],
+}
+
+
+def layout(lengths):
+    """Segments and positions of the rows, [B, T]."""
+    segments, positions = np.zeros((2, len(lengths), max(map(sum, lengths))), np.int32)
+    for row, line in enumerate(lengths):
+        for i, (end, length) in enumerate(zip(np.cumsum(line), line, strict=True)):
+            segments[row, end - length : end], positions[row, end - length : end] = i + 1, np.arange(length)
+    return segments, positions
+
+
+def draw(segments, heads, kv_heads, size, dtype=jnp.bfloat16):
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [
+        jax.random.normal(key, (*segments.shape, h, size), dtype)
+        for key, h in zip(keys, (heads, kv_heads, kv_heads, heads), strict=True)
+    ]
+
+
+def value_and_gradients(attend, q, k, v, dout, segments):
+    """Of real tokens; padding has no gradient."""
+    real = (segments > 0)[:, :, None, None]
+    out, pull = jax.vjp(lambda q, k, v: jnp.where(real, attend(q, k, v), 0), q, k, v)
+    return out, *pull(dout.astype(out.dtype))
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "size", "form"),
+    [
+        ("one segment a row", (2, 1), 64, {}),
+        ("one segment a row", (1, 1), 128, {"window": 100, "softcap": 2.0}),
+        ("packed, lengths off the blocks", (2, 2), 96, {"softcap": 2.0}),
+        ("packed, lengths off the blocks", (1, 1), 64, {"window": 20}),
+        ("padding, and a segment of all tiles", (2, 1), 256, {}),
+        ("padding, and a segment of all tiles", (1, 1), 64, {"window": 2}),
+    ],
+)
+def test_equals_the_definition(rows, heads, size, form):
+    segments, positions = layout(ROWS[rows])
+    drawn, scale = draw(segments, *heads, size), size**-0.5
+
+    def ours(q, k, v):
+        settings = {"window": None, "softcap": None, **form}
+        return mosaic_gpu.attention(q, k, v, segments_BT=segments, scale=scale, **settings, interpret=True)[0]
+
+    def exact(q, k, v):
+        return plain_attention(q, k, v, segments, positions, scale, **form)
+
+    found = value_and_gradients(ours, *drawn, segments)
+    expected = value_and_gradients(exact, *(x.astype(jnp.float32) for x in drawn), segments)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert np.isfinite(np.asarray(mine, np.float32)).all()
+        assert_close(mine.astype(jnp.float32), theirs, 1e-2)
+
+
+def test_the_logarithm_of_the_denominators_and_its_gradient():
+    segments, _ = layout([[100, 28]])
+    q, k, v, _ = draw(segments, 2, 1, 64)
+    weights = jax.random.normal(jax.random.key(1), (1, 2, 128))
+
+    def ours(q, k):
+        settings = dict(segments_BT=segments, scale=0.2, window=None, softcap=None, interpret=True)
+        return mosaic_gpu.attention(q, k, v, **settings)[1]
+
+    def exact(q, k):
+        scores = 0.2 * jnp.einsum("bthd,bskd->bhts", q, k)
+        visible = (segments[:, :, None] == segments[:, None]) & np.tri(128, dtype=bool)
+        return jax.nn.logsumexp(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
+
+    for f, given in ((ours, (q, k)), (exact, (q.astype(jnp.float32), k.astype(jnp.float32)))):
+        lse, pull = jax.vjp(f, *given)
+        results = [lse, *pull(weights)]
+        if f is ours:
+            found = results
+    for mine, theirs in zip(found, results, strict=True):
+        assert_close(mine.astype(jnp.float32), theirs, 1e-2)
+
+
+def test_each_token_sees_from_its_first_key_on():
+    segments = np.array([[0, 1, 1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
+    assert intervals(segments, None).first.tolist() == [1, 1, 1, 1, 4, 4, 7, 8, *[8] * 8]
+    assert intervals(segments, 2).first.tolist() == [1, 1, 1, 2, 4, 4, 7, 8, 8, 8, 9, 10, 11, 12, 13, 14]
+
+
+def test_blocks_that_nobody_sees_are_left_out():
+    """Of segments as long as tiles: each tile goes through its own blocks."""
+    seen = intervals(np.repeat(np.arange(1, 5), 128)[None], None)
+    assert seen.blocks(128, 64).tolist() == [[0, 0], [2, 2], [4, 4], [6, 6]]
+    assert seen.blocks_by(128, 64).tolist() == [[2, 2], [4, 4], [6, 6], [8, 8]]
+    whole = intervals(np.ones((1, 512)), None)
+    assert whole.blocks(128, 64).tolist() == [[0, 0]] * 4
+    assert whole.blocks_by(128, 64).tolist() == [[8, 8]] * 4
+    window = intervals(np.ones((1, 512)), 129)
+    assert window.blocks(128, 64).tolist() == [[0, 0], [0, 2], [2, 4], [4, 6]]
+    assert window.blocks_by(128, 64).tolist() == [[2, 4], [4, 6], [6, 8], [8, 8]]
+
+
+@pytest.mark.parametrize("softcap", [None, 50.0])
+@pytest.mark.parametrize("size", mosaic_gpu.SIZES)
+def test_lowers_for_cuda(size, softcap):
+    segments = jax.ShapeDtypeStruct((4, 4096), jnp.int32)
+    q, k = (jax.ShapeDtypeStruct((4, 4096, heads, size), jnp.bfloat16) for heads in (32, 8))
+
+    def both(q, k, v, segments):
+        attend = functools.partial(
+            mosaic_gpu.attention, segments_BT=segments, scale=0.1, window=1024, softcap=softcap
+        )
+        results, pull = jax.vjp(attend, q, k, v)
+        return results, pull(results)
+
+    text = jax.jit(both).trace(q, k, k, segments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") >= (3 if size <= 128 else 4)
+
+
+def test_what_it_does_not_do(monkeypatch):
+    q, one = np.zeros((1, 8, 4, 64), jnp.bfloat16), np.array([[8]])
+    assert mosaic_gpu.why_not(q, one) is None
+    assert "layout" in mosaic_gpu.why_not(q, None)
+    assert "float32" in mosaic_gpu.why_not(q.astype(np.float32), one)
+    assert "heads of 36" in mosaic_gpu.why_not(q[..., :36], one)
+    segments = np.ones((1, 8), np.int32)
+    call = functools.partial(
+        attention, q, q, q, q_segments_BT=segments, kv_segments_BS=segments, q_positions_BT=segments,
+        kv_positions_BS=segments, pieces_GM=one, scale=1.0, implementation="mosaic_gpu",
+    )  # fmt: skip
+    with pytest.raises(NotImplementedError, match=r"9\.0"):
+        call()
+    monkeypatch.setattr(gpu, "why_not_mosaic", lambda: None)
+    with pytest.raises(NotImplementedError, match="layout"):
+        call(pieces_GM=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [
+        ("q", (2, 8, 4, 16), "as many rows"),
+        ("v", (1, 8, 2, 8), "one head size"),
+        ("q", (1, 8, 3, 16), "3 query heads are not a multiple of 2"),
+        ("kv_segments_BS", (1, 7), "kv_segments are"),
+        ("q_positions_BT", (1, 7), "q_positions are"),
+    ],
+)
+def test_shapes_that_do_not_go_together(name, shape, said):
+    given = {each: np.zeros((1, 8, heads, 16)) for each, heads in (("q", 4), ("k", 2), ("v", 2))}
+    names = ("q_segments_BT", "kv_segments_BS", "q_positions_BT", "kv_positions_BS")
+    given |= {each: np.ones((1, 8), np.int32) for each in names}
+    given[name] = np.ones(shape, given[name].dtype)
+    with pytest.raises(ValueError, match=said):
+        attention(given.pop("q"), given.pop("k"), given.pop("v"), scale=1.0, **given)
