@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, vector
 
-__all__ = ["add_product", "pl", "plgpu", "product", "stream", "take", "tiled"]
+__all__ = ["add_product", "computing_and_fetching", "pl", "plgpu", "product", "stream", "take", "tiled"]
 
 
 def take(table: Any, index: jax.Array, layout: Any, *, interpret: Any) -> jax.Array:
@@ -64,6 +64,23 @@ def product(a: Any, b: Any) -> jax.Array:
         return accumulator[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def computing_and_fetching(
+    body: Any, warpgroups: int, grid: dict[str, int], out_type: Any, scratch_types: Any, interpret: bool
+) -> Any:
+    """A kernel whose blocks are so many warpgroups that compute, and behind them one that fetches."""
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch_types,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )
 
 
 def stream(count: jax.Array, stages: int, streams: Any) -> None:

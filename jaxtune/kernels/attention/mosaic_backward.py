@@ -34,7 +34,7 @@ def gradient_of_queries(
     interpret: bool = False,
 ) -> jax.Array:
     """[N, H, D]; `delta` is each output's product with its gradient."""
-    from jaxtune.kernels.mosaic import add_product, pl, plgpu, product, stream, tiled
+    from jaxtune.kernels.mosaic import add_product, computing_and_fetching, pl, plgpu, product, stream, tiled
 
     N, H, D = q_NHD.shape
     group, dtype = H // k_NKD.shape[1], q_NHD.dtype
@@ -101,20 +101,18 @@ def gradient_of_queries(
         @pl.when(wg == WARPGROUPS)
         def _fetch():
             plgpu.set_max_registers(40, action="decrease")
-            kv_head = lax.div(head, group)
-
-            of = lambda ref, i: ref.at[pl.ds((begin + i) * keys, keys), kv_head]
-            streams = [
-                (lambda i: [(of(k, i), k_buffer)], k_ready, k_used),
-                (lambda i: [(of(v, i), v_buffer)], v_ready, v_used),
-            ]
-            stream(end - begin, stages, streams)
+            at = lambda i: (pl.ds((begin + i) * keys, keys), lax.div(head, group))
+            of_keys = lambda i: [(k.at[at(i)], k_buffer)]
+            of_values = lambda i: [(v.at[at(i)], v_buffer)]
+            stream(end - begin, stages, [(of_keys, k_ready, k_used), (of_values, v_ready, v_used)])
 
     own = tiled((WARPGROUPS, QUERIES, D), dtype)
     fetched = tiled((stages, keys, D), dtype)
     number = lambda dtype: plgpu.SMEM((WARPGROUPS, QUERIES), dtype)
-    kernel = plgpu.kernel(
+    kernel = computing_and_fetching(
         descend,
+        WARPGROUPS,
+        {"head": H, "tile": N // TILE},
         out_type=q_NHD,
         scratch_types=[
             own, own, fetched, fetched, number(jnp.float32), number(jnp.float32), number(jnp.int32),
@@ -123,12 +121,7 @@ def gradient_of_queries(
             *[plgpu.Barrier(num_barriers=stages, num_arrivals=WARPGROUPS)] * 2,
             [tiled((WARPGROUPS, QUERIES, keys), dtype)] if interpret else [],
         ],
-        grid=(H, N // TILE),
-        grid_names=("head", "tile"),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        interpret=interpret,
     )  # fmt: skip
     return kernel(q_NHD, k_NKD, v_NKD, dout_NHD, lse_HN, delta_HN, seen.first, seen.blocks(TILE, keys))
 
@@ -151,7 +144,7 @@ def gradient_of_keys(
     interpret: bool = False,
 ) -> list[jax.Array]:
     """Of keys and values, [N, K, D] each, or one of them; `queries` in a block."""
-    from jaxtune.kernels.mosaic import add_product, pl, plgpu, product, stream, tiled
+    from jaxtune.kernels.mosaic import add_product, computing_and_fetching, pl, plgpu, product, stream, tiled
 
     N, H, D = q_NHD.shape
     K, dtype = k_NKD.shape[1], q_NHD.dtype
@@ -253,8 +246,10 @@ def gradient_of_keys(
     own = tiled((WARPGROUPS, KEYS, D), dtype)
     fetched = tiled((stages, queries, D), dtype)
     number = lambda dtype: plgpu.SMEM((stages, queries), dtype)
-    kernel = plgpu.kernel(
+    kernel = computing_and_fetching(
         descend,
+        WARPGROUPS,
+        {"kv_head": K, "tile": N // tile_size},
         out_type=[k_NKD] * wanted,
         scratch_types=[
             own, own, fetched, fetched, number(jnp.float32), number(jnp.float32), number(jnp.int32),
@@ -264,12 +259,7 @@ def gradient_of_keys(
             *[plgpu.Barrier(num_barriers=stages, num_arrivals=WARPGROUPS)] * 2,
             [tiled((WARPGROUPS, KEYS, queries), dtype)] if interpret else [],
         ],
-        grid=(K, N // tile_size),
-        grid_names=("kv_head", "tile"),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        interpret=interpret,
     )  # fmt: skip
     return kernel(
         q_NHD, k_NKD, v_NKD, dout_NHD, lse_HN, delta_HN, seen.first, seen.blocks_by(tile_size, queries)

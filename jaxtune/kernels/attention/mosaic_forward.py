@@ -37,7 +37,7 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Output [N, H, D], and the logarithm of each softmax's denominator [H, N], in float32. `keys` in a block, `stages`
     of them in flight."""
-    from jaxtune.kernels.mosaic import add_product, pl, plgpu, product, stream, tiled
+    from jaxtune.kernels.mosaic import add_product, computing_and_fetching, pl, plgpu, product, stream, tiled
 
     N, H, D = q_NHD.shape
     group = H // k_NKD.shape[1]
@@ -111,17 +111,15 @@ def forward(
         @pl.when(wg == WARPGROUPS)
         def _fetch():
             plgpu.set_max_registers(40, action="decrease")
-            kv_head = lax.div(head, group)
+            at = lambda i: (pl.ds((begin + i) * keys, keys), lax.div(head, group))
+            of_keys = lambda i: [(k.at[at(i)], k_buffer)]
+            of_values = lambda i: [(v.at[at(i)], v_buffer)]
+            stream(end - begin, stages, [(of_keys, k_ready, k_used), (of_values, v_ready, v_used)])
 
-            of = lambda ref, i: ref.at[pl.ds((begin + i) * keys, keys), kv_head]
-            streams = [
-                (lambda i: [(of(k, i), k_buffer)], k_ready, k_used),
-                (lambda i: [(of(v, i), v_buffer)], v_ready, v_used),
-            ]
-            stream(end - begin, stages, streams)
-
-    kernel = plgpu.kernel(
+    kernel = computing_and_fetching(
         attend,
+        WARPGROUPS,
+        {"head": H, "tile": N // TILE},
         out_type=(q_NHD, jax.ShapeDtypeStruct((H, N), jnp.float32)),
         scratch_types=[
             tiled((WARPGROUPS, QUERIES, D), dtype),
@@ -136,12 +134,7 @@ def forward(
             plgpu.Barrier(num_barriers=stages, num_arrivals=WARPGROUPS),
             [tiled((WARPGROUPS, QUERIES, keys), dtype)] if interpret else [],
         ],
-        grid=(H, N // TILE),
-        grid_names=("head", "tile"),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        interpret=interpret,
     )
     return kernel(q_NHD, k_NKD, v_NKD, seen.first, seen.blocks(TILE, keys))
 
