@@ -90,7 +90,8 @@ class Run:
         if keeper is not None:
             keeper.before_training()
         self.profiler.after_step(self.begun_at, settle=lambda: None)
-        stream = itertools.islice(batches(trained.newest), self.state.max_steps - self.begun_at)
+        to_come = max(0, self.state.max_steps - self.begun_at)  # a checkpoint may lie beyond the end
+        stream = itertools.islice(batches(trained.newest), to_come)
         run(
             step, trained.state, trained.frozen, stream, self._note, trained.take, self._after_step,
             self.args.skip_nonfinite_steps,

@@ -47,7 +47,9 @@ class SeeingConfig(TrainingConfig):
         self.require(isinstance(self.logging_dir, str | Path | None), "logging_dir", "a path, or None")
         if "tensorboard" in names_of(self.report_to):
             self.require(
-                self.event_folder is not None, "logging_dir", "a folder for its files, or an output_dir"
+                self.event_folder is not None,
+                "logging_dir",
+                "a folder for the files of report_to='tensorboard', or an output_dir",
             )
         samples = self.report_samples
         counted = isinstance(samples, int) and not isinstance(samples, bool) and samples >= 0
