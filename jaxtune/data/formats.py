@@ -213,9 +213,17 @@ def _refuse(reading: Reading, data: str, *options: str) -> None:
 
 
 def _no_known_column(columns: list[str], text_field: str) -> DatasetError:
-    wanted = dict.fromkeys(
-        [text_field, "text", "messages", "conversations", "prompt", "completion", "input_ids"]
-    )
+    pair = {"prompt", "completion"}
+    halves = pair & set(columns)
+    if halves and text_field == "text":
+        (there,), (missing,) = halves, pair - halves
+        hint = next((hint for column in columns if (hint := nearest(column, [missing]))), "")
+        return DatasetError(
+            f"the dataset has the columns {columns}: {there!r} without {missing!r}.",
+            expected=f"{KNOWN_FORMS}.",
+            fix=f"Add the {missing} of every row, or rename the column that holds it.{hint}",
+        )
+    wanted = ["text", "messages", "conversations", *sorted(pair), "input_ids"]
     # A column that was named by hand was mistyped there; otherwise it is the dataset's columns that are.
     pairs = [(text_field, columns)] if text_field != "text" else [(column, wanted) for column in columns]
     hint = next((hint for name, known in pairs if (hint := nearest(name, known))), "")

@@ -438,6 +438,21 @@ class TestErrors:
             prepare([{"mesages": CHAT, "id": 1}], tokenizer, max_length=99)
         assert "Did you mean 'messages'" in error.value.fix
 
+    @pytest.mark.parametrize(
+        ("row", "missing", "hint"),
+        [
+            ({"prompt": "a"}, "completion", ""),
+            ({"prompt": CHAT[:1], "completions": CHAT[1:2]}, "completion", " Did you mean 'completion'?"),
+            ({"completion": "b", "id": 1}, "prompt", ""),
+        ],
+    )
+    def test_half_of_a_pair(self, tokenizer, row, missing, hint):
+        with pytest.raises(DatasetError, match=f"' without '{missing}'") as error:
+            prepare([row], tokenizer, max_length=99)
+        assert error.value.fix == (
+            f"Add the {missing} of every row, or rename the column that holds it.{hint}"
+        )
+
     def test_a_text_field_that_is_not_there(self, tokenizer):
         with pytest.raises(DatasetError, match="no 'bdy'") as error:
             prepare([{"body": "hello"}], tokenizer, text_field="bdy", max_length=99)
