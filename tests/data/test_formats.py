@@ -518,8 +518,36 @@ class TestErrors:
         assert "get_chat_template" in error.value.fix
 
     @pytest.mark.parametrize(
-        "messages", [[{"from": "human", "value": "hi"}], [{"role": "user"}], [{"role": "user", "content": 3}]]
+        ("messages", "found"),
+        [
+            ([{"from": "user", "value": "hi"}], r"message 0 has only the keys \['from', 'value'\]"),
+            ([CHAT[0], {"role": "assistant", "tool_calls": [1]}], r"message 1 has only .*'tool_calls'\]"),
+            ([{"role": "user", "content": 3}], r"messages have the keys \['content', 'role'\]"),
+        ],
     )
-    def test_messages_that_the_template_cannot_render_are_named(self, chatml, messages):
-        with pytest.raises(ChatTemplateError, match="failed on row 1 of the dataset"):
+    def test_messages_that_the_template_cannot_render_are_named(self, chatml, messages, found):
+        with pytest.raises(
+            ChatTemplateError, match=f"failed on row 1 of the dataset, whose {found}: "
+        ) as error:
             prepare([{"messages": CHAT}, {"messages": messages}], chatml, max_length=99)
+        assert "standardize_sharegpt" in error.value.fix
+
+    @pytest.mark.parametrize(
+        ("message", "lack"),
+        [
+            ({"role": "user"}, "no 'content'"),
+            ({"role": "user", "content": None, "name": "Ada"}, r"nothing \(None\) in 'content'"),
+            ({"role": "assistant", "content": None, "tool_calls": None}, r"nothing \(None\) in 'content'"),
+            ({"from": "user"}, "no 'value'"),
+        ],
+    )
+    @pytest.mark.parametrize("column", ["messages", "conversations"])
+    def test_a_message_that_says_nothing(self, llama, message, lack, column):
+        """A template that trims the content would write an empty turn."""
+        with pytest.raises(DatasetError, match=f"row 1 of the dataset has {lack} in message 2 of '{column}'"):
+            prepare([{column: CHAT}, {column: [*CHAT[:2], message]}], llama, max_length=99)
+
+    def test_a_message_may_be_empty_or_a_call_alone(self):
+        tokenizer = tiny_tokenizer(chat_template="{% for m in messages %}[{{ m.content }}]{% endfor %}")
+        chat = [{"role": "user", "content": ""}, {"role": "assistant", "content": None, "tool_calls": [{}]}]
+        assert text_of(tokenizer, one([{"messages": chat}], tokenizer)) == "[][]"
