@@ -335,6 +335,33 @@ class TestConversations:
         with pytest.raises(DatasetError, match="row 0 of the dataset has messages from 'gpt' and 'human'"):
             prepare([{"messages": chat}], chatml, max_length=99)
 
+    def test_all_roles_that_need_other_names_are_named(self, chatml):
+        chat = [{"from": "robot", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
+        for column in ("conversations", "messages"):
+            with pytest.raises(DatasetError, match="messages from 'gpt' and 'robot', roles") as error:
+                prepare([{column: chat}], chatml, max_length=99)
+            assert "standardize_sharegpt" in error.value.fix
+
+    @pytest.mark.parametrize("form", ["messages", "completion"])
+    def test_a_role_that_the_template_writes_without_knowing_it_is_said_once(self, chatml, form, caplog):
+        odd = [CHAT[0], {"role": "assitant", "content": "4"}]
+        rows = [{"messages": CHAT}, {"messages": odd}, {"messages": odd}]
+        if form == "completion":
+            rows = [{"prompt": r["messages"][:1], "completion": r["messages"][1:2]} for r in rows]
+        assert len(prepare(rows, chatml, max_length=512)) == 3
+        (line,) = (each for each in caplog.messages if "role" in each)
+        assert line == (
+            "the chat template does not name the role 'assitant' (first in row 1), and may write turns that no model "
+            "has seen. Did you mean 'assistant'?"
+        )
+
+    def test_the_usual_roles_and_the_template_s_own_need_no_word(self, chatml, caplog):
+        tool = {"role": "tool", "content": "4"}
+        prepare([{"messages": [*CHAT, tool]}], chatml, max_length=512)
+        chatml.chat_template = "{% if messages[0].role == 'critic' %}C:{% endif %}" + chatml.chat_template
+        prepare([{"messages": [{"role": "critic", "content": "bad"}]}], chatml, max_length=512)
+        assert not caplog.messages
+
     @pytest.mark.parametrize(
         "row",
         [{"messages": [{"role": 5, "content": "a"}]}, {"conversations": [{"from": ["user"], "value": "a"}]}],
