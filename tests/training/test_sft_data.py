@@ -231,6 +231,26 @@ class TestDatasets:
         )
 
 
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        ({"rows": [{"txt": "a"}]}, "train_dataset: "),
+        ({"eval_dataset": [{"txt": "a"}]}, "eval_dataset: "),
+        ({"eval_dataset": {"good": ROWS, "bad": [{"txt": "a"}]}}, "eval_dataset['bad']: "),
+        ({"eval_dataset": [{"text": "a"}, {"text": None}]}, "eval_dataset: row 1 of the dataset has nothing"),
+    ],
+)
+def test_an_error_says_which_dataset_it_is_of(model, options, place):
+    with pytest.raises(DatasetError) as error:
+        trainer_of(model, **options)
+    assert str(error.value).startswith(place) and error.value.found.startswith(place)
+
+
+def test_so_it_does_where_only_an_evaluation_asks_for_it(model):
+    with pytest.raises(DatasetError, match="eval_dataset: the dataset has no rows"):
+        trainer_of(model).evaluate([])
+
+
 class TestTokenizer:
     def text_of(self, model, rows, tokenizer, **settings):
         (sample,) = trainer_of(model, rows, tokenizer=tokenizer, **settings).samples
