@@ -116,7 +116,7 @@ class SFTTrainer(Trainer):
         )
         args = self.args
         change_tokenizer(self.processing_class, args.eos_token, args.pad_token, args.chat_template_path)
-        self._max_length = args.max_length or model.max_seq_length
+        self._max_length = _capped(args.max_length or model.max_seq_length, model.max_seq_length)
         self._read = functools.partial(
             prepare,
             tokenizer=self.processing_class,
@@ -264,6 +264,16 @@ class SFTTrainer(Trainer):
             shuffle=args.train_sampling_strategy != "sequential",
             drop_last=args.dataloader_drop_last,
         )
+
+
+def _capped(max_length: int, max_seq_length: int) -> int:
+    """Beyond max_seq_length the model was not set up: its rotary embedding is stretched as far as that, not further."""
+    if max_length > max_seq_length:
+        log.warning(
+            "max_length=%d is more than the %d of the model's max_seq_length, which is taken instead. For longer "
+            "samples, load the model with a larger one.", max_length, max_seq_length,
+        )  # fmt: skip
+    return min(max_length, max_seq_length)
 
 
 def _require_padding_only(collator: Any) -> None:

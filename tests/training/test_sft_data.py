@@ -231,6 +231,16 @@ class TestDatasets:
         )
 
 
+def test_a_sample_is_no_longer_than_the_model_was_loaded_for(model, caplog):
+    rows = [{"input_ids": [1] * 100}, {"input_ids": [2] * 30}]
+    longest = lambda **settings: max(each.num_tokens for each in trainer_of(model, rows, **settings).samples)
+    assert (longest(), longest(max_length=64), longest(max_length=40)) == (64, 64, 40)
+    assert not [each for each in caplog.records if each.levelname == "WARNING"]
+    assert longest(max_length=4096) == 64
+    (line,) = (each.getMessage() for each in caplog.records if each.levelname == "WARNING")
+    assert "max_length=4096 is more than the 64 of the model's max_seq_length" in line
+
+
 @pytest.mark.parametrize(
     ("options", "place"),
     [
