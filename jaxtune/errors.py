@@ -1,8 +1,9 @@
 """Every error that jaxtune raises on purpose: one type per kind of mistake, each saying what was found, what was
 expected and what to do. Catch `JaxtuneError` for all of them."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class JaxtuneError(Exception):
@@ -10,7 +11,10 @@ class JaxtuneError(Exception):
 
     def __init__(self, found: str, *, expected: str, fix: str):
         self.found, self.expected, self.fix = found, expected, fix
-        super().__init__(f"{found}\n  expected: {expected}\n  what to do: {fix}")
+        super().__init__(found, expected, fix)
+
+    def __str__(self) -> str:
+        return f"{self.found}\n  expected: {self.expected}\n  what to do: {self.fix}"
 
 
 class ModelNotFoundError(JaxtuneError):
@@ -68,6 +72,16 @@ class DivergenceError(TrainingError):
 class RewardError(TrainingError):
     """A reward function that raised, whose result is not one number (or None) for each completion, or that had nothing
     to say about any of them."""
+
+
+@contextlib.contextmanager
+def within(place: str) -> Iterator[None]:
+    """Errors that are raised inside begin with the place."""
+    try:
+        yield
+    except JaxtuneError as error:
+        error.found = f"{place}: {error.found}"
+        raise
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -101,13 +101,20 @@ def render_chat(tokenizer: "Tokenizer", messages: Sequence[Mapping], *, what: st
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template is a program of someone else's: it may raise anything
-        keys = sorted({key for message in messages for key in message})
         raise ChatTemplateError(
-            f"the chat template failed on {what}, whose messages have the keys {keys}: {error}",
+            f"the chat template failed on {what}, whose {_keys_of(messages)}: {error}",
             expected="messages that the template can render, usually with a `role` and a `content` each.",
-            fix="Correct them. If the keys have other names (`from` and `value`, say), rename them, or tell "
-            "`get_chat_template` in its `mapping`.",
+            fix="Correct them. If the keys have other names (`from` and `value`, say), `standardize_sharegpt(dataset)` "
+            "renames them; or tell `get_chat_template` in its `mapping`.",
         ) from error
+
+
+def _keys_of(messages: Sequence[Mapping]) -> str:
+    """Those of the first message that lacks one of the usual, or else of all."""
+    for number, message in enumerate(messages):
+        if not message.keys() >= {"role", "content"}:
+            return f"message {number} has only the keys {list(message)}"
+    return f"messages have the keys {sorted({key for message in messages for key in message})}"
 
 
 def require_chat_template(tokenizer: "Tokenizer") -> None:

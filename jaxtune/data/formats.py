@@ -104,6 +104,7 @@ class _Tally:
     cut: int = 0
     cut_off: int = 0  # of these, those that have nothing left to train on
     moved_borders: list[int] = field(default_factory=list)  # rows
+    odd_roles: dict[str, int] = field(default_factory=dict)  # and the first row of each
 
     def count(self, encoded: Encoded, whole: Sample, sample: Sample) -> None:
         self.total += 1
@@ -112,6 +113,8 @@ class _Tally:
         self.cut_off += sample is not whole and bool(whole.num_trained and not sample.num_trained)
         if encoded.border_moved:
             self.moved_borders.append(encoded.row)
+        if encoded.odd_role:
+            self.odd_roles.setdefault(encoded.odd_role, encoded.row)
 
     def report(self, kept: int, max_length: int | None) -> None:
         if self.cut:
@@ -135,6 +138,12 @@ class _Tally:
                 len(self.moved_borders),
                 self.total,
                 self.moved_borders[0],
+            )
+        if self.odd_roles:
+            log.warning(
+                "the chat template does not name the role %s, and may write turns that no model has seen.%s",
+                ", ".join(f"{role!r} (first in row {row})" for role, row in self.odd_roles.items()),
+                "".join(nearest(role, readers.USUAL_ROLES) for role in self.odd_roles),
             )
 
     def nothing_left(self, max_length: int | None) -> DatasetError:
@@ -213,9 +222,17 @@ def _refuse(reading: Reading, data: str, *options: str) -> None:
 
 
 def _no_known_column(columns: list[str], text_field: str) -> DatasetError:
-    wanted = dict.fromkeys(
-        [text_field, "text", "messages", "conversations", "prompt", "completion", "input_ids"]
-    )
+    pair = {"prompt", "completion"}
+    halves = pair & set(columns)
+    if halves and text_field == "text":
+        (there,), (missing,) = halves, pair - halves
+        hint = next((hint for column in columns if (hint := nearest(column, [missing]))), "")
+        return DatasetError(
+            f"the dataset has the columns {columns}: {there!r} without {missing!r}.",
+            expected=f"{KNOWN_FORMS}.",
+            fix=f"Add the {missing} of every row, or rename the column that holds it.{hint}",
+        )
+    wanted = ["text", "messages", "conversations", *sorted(pair), "input_ids"]
     # A column that was named by hand was mistyped there; otherwise it is the dataset's columns that are.
     pairs = [(text_field, columns)] if text_field != "text" else [(column, wanted) for column in columns]
     hint = next((hint for name, known in pairs if (hint := nearest(name, known))), "")

@@ -28,6 +28,8 @@ from jaxtune.errors import ChatTemplateError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+USUAL_ROLES = ("system", "user", "assistant", "tool", "developer", "ipython")
+
 type Chunk = Sequence[tuple[int, Row]]  # rows with their index in the dataset, which messages name
 
 
@@ -38,6 +40,7 @@ class Encoded(NamedTuple):
     labels: np.ndarray
     row: int
     border_moved: bool = False  # the tokens of prompt + completion do not begin with those of the prompt
+    odd_role: str = ""  # one that the chat template writes without knowing it
 
 
 @dataclass(frozen=True)
@@ -126,32 +129,34 @@ def read_conversations(chunk: Chunk, reading: Reading) -> Iterator[Encoded]:
     yield from _read_chats(chunk, chats, reading)
 
 
-def _require_roles(chat: list[Row], index: int, tokenizer: "Tokenizer") -> None:
-    """Some templates write any role, and would write turns of `5`, or of `human` and `gpt`, which no model has seen."""
-    roles = [role for message in chat if (role := message.get("role")) is not None]
-    if wrong := [role for role in roles if not isinstance(role, str)]:
+def _odd_role(chat: list[Row], index: int, tokenizer: "Tokenizer") -> str:
+    """The first role that is not usual and not one of the chat template's, or "". Some templates write any role, and
+    would write turns of `5`, or of `human` and `gpt`, which no model has seen: these are errors."""
+    roles = [message.get("role", message.get("from")) for message in chat]
+    if wrong := [role for role in roles if role is not None and not isinstance(role, str)]:
         raise bad_row(
             index,
             f"has a message whose role is {wrong[0]!r}",
             "a name, such as `user` or `assistant`",
             "Correct that row.",
         )
-    if unknown := [
-        role
-        for role in ("gpt", "human")
-        if role in roles and not re.search(f"['\"]{role}['\"]", str(tokenizer.chat_template))
-    ]:
+    odd = [role for role in dict.fromkeys(roles) if role is not None and role not in USUAL_ROLES]
+    odd = [role for role in odd if not re.search(f"['\"]{re.escape(role)}['\"]", str(tokenizer.chat_template))]
+    if {"gpt", "human"} & set(odd):
         raise bad_row(
             index,
-            f"has messages from {' and '.join(map(repr, unknown))}, roles that the chat template does not name",
+            f"has messages from {' and '.join(map(repr, sorted(odd)))}, roles that the chat template does not name",
             "the roles `user` and `assistant`",
             "Call `standardize_sharegpt(dataset)` first, or `get_chat_template` with a `mapping`.",
         )
+    return next(iter(odd), "")
 
 
 def _read_chats(chunk: Chunk, chats: list[list[Row]], reading: Reading) -> Iterator[Encoded]:
-    for (index, _), (ids, by_assistant) in zip(chunk, _encode_chats(chunk, chats, reading), strict=True):
-        yield _sample(ids, by_assistant, index)
+    odd = [_odd_role(chat, index, reading.tokenizer) for chat, (index, _) in zip(chats, chunk, strict=True)]
+    encoded = _encode_chats(chunk, chats, reading)
+    for (index, _), (ids, by_assistant), role in zip(chunk, encoded, odd, strict=True):
+        yield _sample(ids, by_assistant, index, odd_role=role)
 
 
 def read_chat_prompt_completion(chunk: Chunk, reading: Reading) -> Iterator[Encoded]:
@@ -160,17 +165,18 @@ def read_chat_prompt_completion(chunk: Chunk, reading: Reading) -> Iterator[Enco
         prompt + messages_field(row, index, "completion")
         for prompt, (index, row) in zip(prompts, chunk, strict=True)
     ]
+    odd = [_odd_role(chat, index, reading.tokenizer) for chat, (index, _) in zip(chats, chunk, strict=True)]
     rendered = [
         _render(prompt, index, reading, add_generation_prompt=True, **template_options(row, index))
         for prompt, (index, row) in zip(prompts, chunk, strict=True)
     ]
     prompt_ids = encoding.encode_verbatim(reading.tokenizer, rendered)
     encoded = _encode_chats(chunk, chats, reading)
-    for before, (index, _), (ids, by_assistant) in zip(prompt_ids, chunk, encoded, strict=True):
+    for before, (index, _), (ids, by_assistant), role in zip(prompt_ids, chunk, encoded, odd, strict=True):
         # Unlike in plain text, the first difference may lie deep in the prompt (a template that drops the reasoning
         # of earlier turns), so the border is where the prompt ends when it is alone, as in TRL.
         completion = np.arange(len(ids)) >= len(before) if reading.completion_only_loss is not False else True
-        yield _sample(ids, by_assistant & completion, index, border_moved=ids[: len(before)] != before)
+        yield _sample(ids, by_assistant & completion, index, ids[: len(before)] != before, role)
 
 
 def _encode_chats(
@@ -190,7 +196,6 @@ def _encode_chats(
 
 
 def _render(chat: list[Row], row: int, reading: Reading, **options: Any) -> str:
-    _require_roles(chat, row, reading.tokenizer)
     return encoding.render_chat(reading.tokenizer, chat, what=_named(row), **options) if chat else ""
 
 
@@ -220,10 +225,14 @@ def _encode_ended(reading: Reading, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _sample(
-    ids: Sequence[int] | np.ndarray, trained: np.ndarray | bool, row: int, border_moved: bool = False
+    ids: Sequence[int] | np.ndarray,
+    trained: np.ndarray | bool,
+    row: int,
+    border_moved: bool = False,
+    odd_role: str = "",
 ) -> Encoded:
     ids = np.asarray(ids, dtype=np.int32)
-    return Encoded(ids, np.where(trained, ids, np.int32(IGNORED)), row, border_moved)
+    return Encoded(ids, np.where(trained, ids, np.int32(IGNORED)), row, border_moved, odd_role)
 
 
 def _named(row: int) -> str:

@@ -12,6 +12,8 @@ from jaxtune.errors import DatasetError
 
 type Row = Mapping[str, Any]
 
+_OF_THE_SPEAKER = ("role", "from", "name", "weight")  # what a message has besides what it says
+
 
 def iterate_rows(dataset: Any) -> Iterator[Row]:
     """The rows of a list of dicts, a `datasets.Dataset` or `IterableDataset`, a pandas `DataFrame`, a generator,
@@ -64,7 +66,23 @@ def messages_field(row: Row, index: int, field: str) -> list[Row]:
             'a list of messages, each a dict such as {"role": "user", "content": "..."}',
             "Correct that row; prompt and completion must both be text, or both conversations.",
         )
+    for number, message in enumerate(value):
+        _require_content(message, f"message {number} of {field!r}", index)
     return list(value)
+
+
+def _require_content(message: Row, which: str, index: int) -> None:
+    """Content may be absent where something else is there, such as `tool_calls`: that is for the template to judge. A
+    message with nothing at all some templates write as an empty turn."""
+    if all(value is None for key, value in message.items() if key not in _OF_THE_SPEAKER):
+        content = "value" if "from" in message else "content"
+        lack = f"nothing (None) in {content!r}" if content in message else f"no {content!r}"
+        raise bad_row(
+            index,
+            f"has {lack} in {which}, whose keys are {list(message)}",
+            "a text, which may be empty",
+            "Correct or remove that row.",
+        )
 
 
 def formatted_texts(row: Row, index: int, formatting_func: Callable[[Row], str | list[str]]) -> list[str]:

@@ -140,6 +140,7 @@ def _save(file: Path, encoded: list[Encoded], first: int) -> None:
                 lengths=np.array([len(each.ids) for each in encoded], np.int64),
                 rows=np.array([each.row - first for each in encoded], np.int64),
                 border_moved=np.array([each.border_moved for each in encoded], bool),
+                odd_role=np.array([each.odd_role for each in encoded], str),
             )
         os.replace(partial, file)
     except BaseException:
@@ -152,7 +153,7 @@ def _load(file: Path, first: int) -> list[Encoded] | None:
         with file.open("rb") as stream, np.load(stream) as arrays:
             ids, lengths = arrays["ids"], arrays["lengths"]
             trained = np.unpackbits(arrays["trained"], count=len(ids)).astype(bool)
-            rows, border_moved = (arrays["rows"] + first).tolist(), arrays["border_moved"].tolist()
+            facts = (arrays["rows"] + first, arrays["border_moved"], arrays["odd_role"])
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -163,8 +164,8 @@ def _load(file: Path, first: int) -> list[Encoded] | None:
     labels = np.where(trained, ids, np.int32(IGNORED))
     borders = pairwise(accumulate(lengths.tolist(), initial=0))
     return [
-        Encoded(ids[start:end], labels[start:end], row, moved)
-        for (start, end), row, moved in zip(borders, rows, border_moved, strict=True)
+        Encoded(ids[start:end], labels[start:end], *of_one)
+        for (start, end), *of_one in zip(borders, *(each.tolist() for each in facts), strict=True)
     ]
 
 

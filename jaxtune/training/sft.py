@@ -13,7 +13,7 @@ from jaxtune.data.preview import preview
 from jaxtune.data.sample import Item, Sample
 from jaxtune.data.sample_rows import SampleRows
 from jaxtune.data.token_cache import default_folder
-from jaxtune.errors import OptionError
+from jaxtune.errors import OptionError, within
 from jaxtune.log import get_logger, show
 from jaxtune.models.flops import useful_flops
 from jaxtune.models.layer_loop import Remat
@@ -116,7 +116,7 @@ class SFTTrainer(Trainer):
         )
         args = self.args
         change_tokenizer(self.processing_class, args.eos_token, args.pad_token, args.chat_template_path)
-        self._max_length = args.max_length or model.max_seq_length
+        self._max_length = _capped(args.max_length or model.max_seq_length, model.max_seq_length)
         self._read = functools.partial(
             prepare,
             tokenizer=self.processing_class,
@@ -131,7 +131,7 @@ class SFTTrainer(Trainer):
         )
         self.masks: list[Callable[[Sequence[Sample]], list[Sample]]] = []
         """What `train_on_responses_only` did to the samples, for datasets that are given to `evaluate` later."""
-        self.samples: list[Sample] = self._prepare(train_dataset, args.packing)
+        self.samples: list[Sample] = self._prepare(train_dataset, args.packing, "train_dataset")
         self.eval_samples: list[Sample] | dict[str, list[Sample]] | None = self._prepare_eval(eval_dataset)
         if self.eval_samples is None and self.args.eval_strategy != "no":
             raise OptionError(
@@ -186,9 +186,10 @@ class SFTTrainer(Trainer):
             return {name: SampleRows(each) for name, each in samples.items()}
         return None if samples is None else SampleRows(samples)
 
-    def _prepare(self, dataset: Any, packs: bool) -> list[Sample]:
+    def _prepare(self, dataset: Any, packs: bool, name: str) -> list[Sample]:
         cuts = self.args.cuts_before_packing(packs)
-        samples = self._read(dataset, max_length=self._max_length if cuts else None)
+        with within(name):
+            samples = self._read(dataset, max_length=self._max_length if cuts else None)
         if self.args.shuffle_dataset:
             samples = [samples[n] for n in epoch_order(len(samples), self.args.seed, BEFORE_ALL).tolist()]
         for mask in self.masks:
@@ -198,8 +199,10 @@ class SFTTrainer(Trainer):
     def _prepare_eval(self, dataset: Any) -> list[Sample] | dict[str, list[Sample]] | None:
         packs = self.args.packs_evaluations
         if isinstance(dataset, Mapping):
-            return {name: self._prepare(each, packs) for name, each in dataset.items()}
-        return None if dataset is None else self._prepare(dataset, packs)
+            return {
+                name: self._prepare(each, packs, f"eval_dataset[{name!r}]") for name, each in dataset.items()
+            }
+        return None if dataset is None else self._prepare(dataset, packs, "eval_dataset")
 
     def _items(self, samples: Sequence[Sample], packs: bool) -> Sequence[Item]:
         """What the size of a batch counts: samples, or the rows that they are packed in."""
@@ -261,6 +264,16 @@ class SFTTrainer(Trainer):
             shuffle=args.train_sampling_strategy != "sequential",
             drop_last=args.dataloader_drop_last,
         )
+
+
+def _capped(max_length: int, max_seq_length: int) -> int:
+    """Beyond max_seq_length the model was not set up: its rotary embedding is stretched as far as that, not further."""
+    if max_length > max_seq_length:
+        log.warning(
+            "max_length=%d is more than the %d of the model's max_seq_length, which is taken instead. For longer "
+            "samples, load the model with a larger one.", max_length, max_seq_length,
+        )  # fmt: skip
+    return min(max_length, max_seq_length)
 
 
 def _require_padding_only(collator: Any) -> None:

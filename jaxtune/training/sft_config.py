@@ -42,7 +42,7 @@ _ALIASES = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTConfig(KeepingConfig):
     max_length: int | None = None
-    """Tokens that a sample, or a packed row, may have; None takes the model's max_seq_length."""
+    """Tokens that a sample, or a packed row, may have. None is the model's max_seq_length, which is also the most."""
     truncation_mode: str = "keep_start"
     """What is kept of a longer sample: keep_start, or keep_end. Its labels go with its tokens; a sample that has none
     left to train on is dropped, which is said."""

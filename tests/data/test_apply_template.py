@@ -192,7 +192,7 @@ class TestDatasets:
             [user("a"), user("b")],
             [user("a"), {"role": "tool", "content": "4"}],
             [{"from": "human", "value": "a"}],
-            [user("a"), {"role": "assistant", "content": None}],
+            [user("a"), {"role": "assistant", "content": None, "tool_calls": [{}]}],
         ],
     )
     def test_what_the_example_has_no_form_for_names_its_row(self, messages):

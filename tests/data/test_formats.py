@@ -335,6 +335,33 @@ class TestConversations:
         with pytest.raises(DatasetError, match="row 0 of the dataset has messages from 'gpt' and 'human'"):
             prepare([{"messages": chat}], chatml, max_length=99)
 
+    def test_all_roles_that_need_other_names_are_named(self, chatml):
+        chat = [{"from": "robot", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
+        for column in ("conversations", "messages"):
+            with pytest.raises(DatasetError, match="messages from 'gpt' and 'robot', roles") as error:
+                prepare([{column: chat}], chatml, max_length=99)
+            assert "standardize_sharegpt" in error.value.fix
+
+    @pytest.mark.parametrize("form", ["messages", "completion"])
+    def test_a_role_that_the_template_writes_without_knowing_it_is_said_once(self, chatml, form, caplog):
+        odd = [CHAT[0], {"role": "assitant", "content": "4"}]
+        rows = [{"messages": CHAT}, {"messages": odd}, {"messages": odd}]
+        if form == "completion":
+            rows = [{"prompt": r["messages"][:1], "completion": r["messages"][1:2]} for r in rows]
+        assert len(prepare(rows, chatml, max_length=512)) == 3
+        (line,) = (each for each in caplog.messages if "role" in each)
+        assert line == (
+            "the chat template does not name the role 'assitant' (first in row 1), and may write turns that no model "
+            "has seen. Did you mean 'assistant'?"
+        )
+
+    def test_the_usual_roles_and_the_template_s_own_need_no_word(self, chatml, caplog):
+        tool = {"role": "tool", "content": "4"}
+        prepare([{"messages": [*CHAT, tool]}], chatml, max_length=512)
+        chatml.chat_template = "{% if messages[0].role == 'critic' %}C:{% endif %}" + chatml.chat_template
+        prepare([{"messages": [{"role": "critic", "content": "bad"}]}], chatml, max_length=512)
+        assert not caplog.messages
+
     @pytest.mark.parametrize(
         "row",
         [{"messages": [{"role": 5, "content": "a"}]}, {"conversations": [{"from": ["user"], "value": "a"}]}],
@@ -438,6 +465,21 @@ class TestErrors:
             prepare([{"mesages": CHAT, "id": 1}], tokenizer, max_length=99)
         assert "Did you mean 'messages'" in error.value.fix
 
+    @pytest.mark.parametrize(
+        ("row", "missing", "hint"),
+        [
+            ({"prompt": "a"}, "completion", ""),
+            ({"prompt": CHAT[:1], "completions": CHAT[1:2]}, "completion", " Did you mean 'completion'?"),
+            ({"completion": "b", "id": 1}, "prompt", ""),
+        ],
+    )
+    def test_half_of_a_pair(self, tokenizer, row, missing, hint):
+        with pytest.raises(DatasetError, match=f"' without '{missing}'") as error:
+            prepare([row], tokenizer, max_length=99)
+        assert error.value.fix == (
+            f"Add the {missing} of every row, or rename the column that holds it.{hint}"
+        )
+
     def test_a_text_field_that_is_not_there(self, tokenizer):
         with pytest.raises(DatasetError, match="no 'bdy'") as error:
             prepare([{"body": "hello"}], tokenizer, text_field="bdy", max_length=99)
@@ -503,8 +545,36 @@ class TestErrors:
         assert "get_chat_template" in error.value.fix
 
     @pytest.mark.parametrize(
-        "messages", [[{"from": "human", "value": "hi"}], [{"role": "user"}], [{"role": "user", "content": 3}]]
+        ("messages", "found"),
+        [
+            ([{"from": "user", "value": "hi"}], r"message 0 has only the keys \['from', 'value'\]"),
+            ([CHAT[0], {"role": "assistant", "tool_calls": [1]}], r"message 1 has only .*'tool_calls'\]"),
+            ([{"role": "user", "content": 3}], r"messages have the keys \['content', 'role'\]"),
+        ],
     )
-    def test_messages_that_the_template_cannot_render_are_named(self, chatml, messages):
-        with pytest.raises(ChatTemplateError, match="failed on row 1 of the dataset"):
+    def test_messages_that_the_template_cannot_render_are_named(self, chatml, messages, found):
+        with pytest.raises(
+            ChatTemplateError, match=f"failed on row 1 of the dataset, whose {found}: "
+        ) as error:
             prepare([{"messages": CHAT}, {"messages": messages}], chatml, max_length=99)
+        assert "standardize_sharegpt" in error.value.fix
+
+    @pytest.mark.parametrize(
+        ("message", "lack"),
+        [
+            ({"role": "user"}, "no 'content'"),
+            ({"role": "user", "content": None, "name": "Ada"}, r"nothing \(None\) in 'content'"),
+            ({"role": "assistant", "content": None, "tool_calls": None}, r"nothing \(None\) in 'content'"),
+            ({"from": "user"}, "no 'value'"),
+        ],
+    )
+    @pytest.mark.parametrize("column", ["messages", "conversations"])
+    def test_a_message_that_says_nothing(self, llama, message, lack, column):
+        """A template that trims the content would write an empty turn."""
+        with pytest.raises(DatasetError, match=f"row 1 of the dataset has {lack} in message 2 of '{column}'"):
+            prepare([{column: CHAT}, {column: [*CHAT[:2], message]}], llama, max_length=99)
+
+    def test_a_message_may_be_empty_or_a_call_alone(self):
+        tokenizer = tiny_tokenizer(chat_template="{% for m in messages %}[{{ m.content }}]{% endfor %}")
+        chat = [{"role": "user", "content": ""}, {"role": "assistant", "content": None, "tool_calls": [{}]}]
+        assert text_of(tokenizer, one([{"messages": chat}], tokenizer)) == "[][]"

@@ -19,6 +19,7 @@ CHATS = [
     {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}]}
     for n in range(8)
 ]
+ODD_CHATS = [{"messages": [{"role": ("usr", "user")[n % 2], "content": "q"}]} for n in range(8)]
 PAIRS = [{"prompt": f"the {n} ", "completion": "words" if n % 2 else ""} for n in range(8)]
 
 
@@ -54,6 +55,7 @@ def prepared(rows, tokenizer, cache, **options):
         (TEXTS, {}),
         (CHATS, {}),
         (CHATS, {"assistant_only_loss": True}),
+        (ODD_CHATS, {}),
         (PAIRS, {}),
         (PAIRS, {"completion_only_loss": False}),
         (CHATS, {"max_length": 7}),

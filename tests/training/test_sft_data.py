@@ -231,6 +231,36 @@ class TestDatasets:
         )
 
 
+def test_a_sample_is_no_longer_than_the_model_was_loaded_for(model, caplog):
+    rows = [{"input_ids": [1] * 100}, {"input_ids": [2] * 30}]
+    longest = lambda **settings: max(each.num_tokens for each in trainer_of(model, rows, **settings).samples)
+    assert (longest(), longest(max_length=64), longest(max_length=40)) == (64, 64, 40)
+    assert not [each for each in caplog.records if each.levelname == "WARNING"]
+    assert longest(max_length=4096) == 64
+    (line,) = (each.getMessage() for each in caplog.records if each.levelname == "WARNING")
+    assert "max_length=4096 is more than the 64 of the model's max_seq_length" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        ({"rows": [{"txt": "a"}]}, "train_dataset: "),
+        ({"eval_dataset": [{"txt": "a"}]}, "eval_dataset: "),
+        ({"eval_dataset": {"good": ROWS, "bad": [{"txt": "a"}]}}, "eval_dataset['bad']: "),
+        ({"eval_dataset": [{"text": "a"}, {"text": None}]}, "eval_dataset: row 1 of the dataset has nothing"),
+    ],
+)
+def test_an_error_says_which_dataset_it_is_of(model, options, place):
+    with pytest.raises(DatasetError) as error:
+        trainer_of(model, **options)
+    assert str(error.value).startswith(place) and error.value.found.startswith(place)
+
+
+def test_so_it_does_where_only_an_evaluation_asks_for_it(model):
+    with pytest.raises(DatasetError, match="eval_dataset: the dataset has no rows"):
+        trainer_of(model).evaluate([])
+
+
 class TestTokenizer:
     def text_of(self, model, rows, tokenizer, **settings):
         (sample,) = trainer_of(model, rows, tokenizer=tokenizer, **settings).samples
