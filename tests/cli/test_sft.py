@@ -16,7 +16,9 @@ from safetensors.numpy import load_file
 
 from jaxtune import FastLanguageModel, SFTConfig, SFTTrainer, assets, train_on_responses_only
 from jaxtune.cli import sft
+from jaxtune.cli.dataset import Data
 from jaxtune.cli.main import main
+from jaxtune.data.formats import prepare
 from jaxtune.training.callbacks import Callbacks
 
 ROWS = assets.rows("json_train")[:8]
@@ -65,7 +67,9 @@ def test_help_answers_at_once():
     """Of the libraries that take seconds it imports none, and it has every option of SFTConfig."""
     code = """
 import sys, time
+from jaxtune.cli.dataset import Data
 from jaxtune.cli.main import main
+from jaxtune.data.formats import prepare
 try:
     main(["sft", "--help"])
 except SystemExit:
@@ -242,6 +246,72 @@ def test_a_dataset_of_the_hub(here, capsys, monkeypatch):
         ("org/more", "de", "validation"),
         ("org/rows", "de", "train[:9]"),
     ]
+
+
+ASKED = [{"user": "Say it.", "assistant": "It."}, {"user": "Name one.\nOf cities.", "assistant": "Rome."}]
+"""What the four forms below say."""
+FORMS = {
+    "messages": [
+        {"messages": [{"role": role, "content": text} for role, text in chat.items()]} for chat in ASKED
+    ],
+    "alpaca": [
+        {"instruction": "Say it.", "input": "", "output": "It."},
+        {"instruction": "Name one.", "input": "Of cities.", "output": "Rome."},
+    ],
+    "alpaca without input": [{"instruction": chat["user"], "output": chat["assistant"]} for chat in ASKED],
+    "sharegpt": [
+        {
+            "conversations": [
+                {"from": "human", "value": chat["user"]},
+                {"from": "gpt", "value": chat["assistant"]},
+            ]
+        }
+        for chat in ASKED
+    ],
+}
+
+
+def tokens(rows):
+    """What the embedded model would be trained on."""
+    model, tokenizer = FastLanguageModel.from_pretrained(assets.TINY, max_seq_length=128)
+    return [sample.input_ids.tolist() for sample in prepare(rows, tokenizer, max_length=model.max_seq_length)]
+
+
+@pytest.mark.parametrize("form", ["alpaca", "alpaca without input", "sharegpt"])
+@pytest.mark.parametrize("source", ["file", "hub"])
+def test_usual_forms_become_conversations(here, monkeypatch, caplog, form, source):
+    rows = FORMS[form]
+    (here / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: datasets.Dataset.from_list(rows))
+    data = Data(dataset="rows.jsonl" if source == "file" else "org/rows", eval_dataset="held.jsonl")
+    with caplog.at_level("INFO"):
+        trained, evaluated = data.load()
+    assert tokens(trained) == tokens(FORMS["messages"])
+    assert list(evaluated) == ROWS[:2]  # as they are, and nothing is said of them
+    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("jaxtune.cli")]
+    assert said.startswith("dataset is in " + ("ShareGPT" if form == "sharegpt" else "Alpaca"))
+
+
+def test_a_column_that_says_what_is_meant_goes_before_the_form(here):
+    rows = [row | {"text": "mine"} for row in FORMS["alpaca"] + FORMS["sharegpt"]]
+    (here / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert list(Data(dataset="rows.jsonl").load()[0]) == rows
+    assert list(Data(dataset="rows.jsonl").load(text_field="output")[0]) == rows
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--dataset mine.jsonl --dataset-split train[:5]",
+        "--dataset mine.jsonl --eval-dataset held.jsonl --eval-split validation",
+        "--dataset mine.jsonl --eval-split validation",
+        "--dataset mine.jsonl --dataset-config de",
+    ],
+)
+def test_a_split_or_a_configuration_of_files_is_refused(here, capsys, arguments):
+    assert run(*arguments.split()) == 1
+    name, value = arguments.split()[-2:]
+    assert f"{name[2:].replace('-', '_')}={value!r}" in capsys.readouterr().err
 
 
 # Runs
