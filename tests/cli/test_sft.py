@@ -12,6 +12,7 @@ import numpy as np
 import peft
 import pytest
 import transformers
+import yaml
 from safetensors.numpy import load_file
 
 from jaxtune import FastLanguageModel, SFTConfig, SFTTrainer, assets, train_on_responses_only
@@ -67,9 +68,7 @@ def test_help_answers_at_once():
     """Of the libraries that take seconds it imports none, and it has every option of SFTConfig."""
     code = """
 import sys, time
-from jaxtune.cli.dataset import Data
 from jaxtune.cli.main import main
-from jaxtune.data.formats import prepare
 try:
     main(["sft", "--help"])
 except SystemExit:
@@ -131,7 +130,7 @@ def test_the_printed_run_reads_back_as_itself(here, capsys):
         "--dataset",
         "a",
         "b",
-        "--lr-scheduler-kwargs",
+        "--quantization-config",
         "{n: 1, m: [x, null, 0.5]}",
     )
     (here / "run.yaml").write_text(text)
@@ -152,6 +151,30 @@ def test_who_names_a_model_has_the_defaults_of_the_library(capsys):
     lines = printed(capsys, "--model-name", "x", "--dataset", "y").splitlines()
     assert f"  learning_rate: {SFTConfig().learning_rate}" in lines
     assert "  train_on_responses_only: false" in lines
+
+
+def test_without_a_model_and_a_dataset_the_printed_run_is_to_be_filled_in(here, capsys):
+    """Whatever else is named, it is the library's defaults, and none of the embedded model's settings."""
+    (here / "run.yaml").write_text(text := printed(capsys))
+    values = {name: value for each in yaml.safe_load(text).values() for name, value in each.items()}
+    assert values["model_name"] is values["dataset"] is None
+    assert values["max_steps"] == SFTConfig().max_steps
+    assert str(assets.HERE) not in text
+    named = printed(capsys, "--model-name", "x")
+    assert named == text.replace("model_name: null", 'model_name: "x"')
+    for arguments, missing in [([], "model_name"), (["--model-name", "x"], "dataset")]:
+        assert main(["sft", "--config", "run.yaml", *arguments]) == 1
+        assert f"there is no {missing}" in capsys.readouterr().err
+    filled_in = ["--config", "run.yaml", "--model-name", str(assets.TINY), "--dataset", "mine.jsonl"]
+    assert main(["sft", *filled_in, *QUICK, "--dry-run"]) == 0
+
+
+def test_a_run_that_would_be_refused_is_not_printed(here, capsys):
+    (here / "run.yaml").write_text("learning_rate: -1")
+    assert main(["sft", "--config", "run.yaml", "--print-config"]) == 1
+    shown = capsys.readouterr()
+    assert "line 1 of run.yaml" in shown.err
+    assert shown.out == ""
 
 
 # What is wrong
