@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtune.errors import DatasetError, nearest
+from jaxtune.errors import DatasetError, OptionError, nearest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,19 +28,52 @@ class Data:
     train_on_responses_only: bool = False
     """Train on the assistant's answers alone, found in the texts by what the chat template puts before them."""
 
-    def load(self) -> tuple[Any, Any]:
-        """(rows to train on, rows to evaluate on or None)."""
-        evaluated = None if self.eval_dataset is None else self._rows(self.eval_dataset, self.eval_split)
-        return self._rows(self.dataset or (), self.dataset_split), evaluated
+    def load(self, text_field: str = "text") -> tuple[Any, Any]:
+        """(rows to train on, rows to evaluate on or None). A column `text_field` is what is meant, if there is one."""
+        self._refuse_unused()
+        evaluated = None
+        if self.eval_dataset is not None:
+            evaluated = self._rows("eval_dataset", self.eval_split, text_field)
+        return self._rows("dataset", self.dataset_split, text_field), evaluated
 
-    def _rows(self, named: Sequence[str] | str, split: str) -> Any:
-        from jaxtune.data.files import names_files, read_dataset
+    def _rows(self, option: str, split: str, text_field: str) -> Any:
+        from jaxtune.cli.conversations import conversations
+        from jaxtune.data.files import read_dataset
 
-        names = [named] if isinstance(named, str) else list(named)
-        if len(names) != 1 or os.path.exists(names[0]) or names_files(names):
-            return read_dataset(names)
-        _refuse_mistyped(Path(names[0]))
-        return _from_hub(names[0], self.dataset_config, split)
+        names = _names(getattr(self, option))
+        if _are_files(names):
+            rows = read_dataset(names)
+        else:
+            _refuse_mistyped(Path(names[0]))
+            rows = _from_hub(names[0], self.dataset_config, split)
+        return conversations(rows, option, text_field)
+
+    def _refuse_unused(self) -> None:
+        """A split or a configuration, where nothing of the hub is named that has them."""
+        for name, of in (
+            ("dataset_split", [self.dataset]),
+            ("eval_split", [self.eval_dataset]),
+            ("dataset_config", [self.dataset, self.eval_dataset]),
+        ):
+            value = getattr(self, name)
+            if value != getattr(Data, name) and all(
+                named is None or _are_files(_names(named)) for named in of
+            ):
+                raise OptionError(
+                    f"{name}={value!r}, and no dataset of the hub is named that it could be of.",
+                    expected="splits and configurations of the hub's datasets; files have none.",
+                    fix=f"Leave {name} out, and name the files that are meant.",
+                )
+
+
+def _names(named: Sequence[str] | str) -> list[str]:
+    return [named] if isinstance(named, str) else list(named)
+
+
+def _are_files(names: Sequence[str]) -> bool:
+    from jaxtune.data.files import names_files
+
+    return len(names) != 1 or os.path.exists(names[0]) or names_files(names)
 
 
 def _refuse_mistyped(path: Path) -> None:

@@ -121,7 +121,7 @@ def what_next(folder: Path) -> None:
         '  model.save_pretrained_merged("merged", tokenizer)  # or save_pretrained_gguf, for llama.cpp and Ollama\n'
         "Or from here:\n"
         "  jaxtune sft --model-name <hub id or folder> --dataset <file or hub id>\n"
-        "  jaxtune sft --print-config > run.yaml  # every option, to change; then: jaxtune sft --config run.yaml"
+        "  jaxtune sft --print-config > run.yaml  # every option, to fill in; then: jaxtune sft --config run.yaml"
     )
 
 

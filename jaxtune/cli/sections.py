@@ -11,7 +11,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from jaxtune.cli import values
-from jaxtune.cli.declared import Declared, Option
+from jaxtune.cli.declared import REQUIRED, Declared, Option
 
 Values = dict[str, Any]
 """By the options' names."""
@@ -26,10 +26,12 @@ class Section:
 
     @functools.cached_property
     def options(self) -> dict[str, Option]:
-        """Those that can be written as text."""
+        """Those that can be written as text. One without a default is null until it is filled in."""
         own = self.declared.options.items()
         return {
-            name: option
+            name: dataclasses.replace(option, annotation=f"{option.annotation} | None", default=None)
+            if option.default is REQUIRED
+            else option
             for name, option in own
             if name not in self.omitted and values.can_be_written(option.type)
         }

@@ -7,7 +7,7 @@ Its options are those of `from_pretrained`, `get_peft_model` and SFTConfig, read
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -19,6 +19,9 @@ from jaxtune.cli.sections import Values
 from jaxtune.errors import JaxtuneError, OptionError
 from jaxtune.folders import refuse_strangers
 
+if TYPE_CHECKING:
+    from jaxtune.training import SFTConfig
+
 MODEL, LORA, DATA, TRAINING = SECTIONS = sections.sections(
     known=("model",),
     model=declared.read("jaxtune.api", "FastLanguageModel.from_pretrained"),
@@ -26,7 +29,7 @@ MODEL, LORA, DATA, TRAINING = SECTIONS = sections.sections(
     data=declared.read("jaxtune.cli.dataset", "Data"),
     training=declared.read("jaxtune.training.sft_config", "SFTConfig"),
 )
-DEFAULTS: Values = {**sections.defaults(SECTIONS), "model_name": None, "output_dir": "outputs"}
+DEFAULTS: Values = {**sections.defaults(SECTIONS), "output_dir": "outputs"}
 EMBEDDED: Values = {
     "model_name": str(assets.TINY),
     "max_seq_length": 128,
@@ -47,7 +50,7 @@ def command(arguments: Sequence[str]) -> Callable[..., int]:
     file = RunFile(Path(), {}, {}) if path is None else run_file.read(Path(path).expanduser(), SECTIONS)
     asks_help = bool({"-h", "--help"} & set(arguments))
     named = {*file.values, *map(_option, arguments)}
-    is_first_run = not asks_help and named.isdisjoint(("model_name", "dataset"))
+    is_first_run = not asks_help and named.isdisjoint(("model_name", "dataset", "print_config"))
     default = DEFAULTS | (EMBEDDED if is_first_run else {}) | file.values
     options_type = sections.options_type(SECTIONS, default)
 
@@ -62,7 +65,7 @@ def command(arguments: Sequence[str]) -> Callable[..., int]:
         Args:
             run: Everything else.
             config: A YAML file with any of these options; what stands on the command line goes before it.
-            print_config: Print the whole run as such a file, and do nothing else.
+            print_config: Print the whole run as such a file, and do nothing else; what is not named yet is null.
             dry_run: Load and tokenise, show a sample and how many steps there are, and train nothing.
 
         Returns:
@@ -70,10 +73,11 @@ def command(arguments: Sequence[str]) -> Callable[..., int]:
         """
         given = sections.parsed(run)
         try:
-            _require(given)
             if print_config:
+                _settings(given)  # which refuses what would be no run
                 print(sections.as_file(SECTIONS, given), end="")
                 return 0
+            _require(given)
             if is_first_run:
                 report.say("The embedded model learns to answer in JSON: no model and no dataset were named.")
             return train(given, dry_run, again=shlex.join(["jaxtune", "sft", *arguments]))
@@ -88,14 +92,14 @@ def train(given: Mapping[str, Any], dry_run: bool, again: str) -> int:
     from jaxtune.api import FastLanguageModel
     from jaxtune.data.masking import train_on_responses_only
     from jaxtune.data.templates import get_chat_template
-    from jaxtune.training import SFTConfig, SFTTrainer
+    from jaxtune.training import SFTTrainer
 
     folder = Path(given["output_dir"]).expanduser()
-    args = SFTConfig(**TRAINING.of(given) | {"output_dir": str(folder)})
+    args = _settings({**given, "output_dir": str(folder)})
     data = Data(**DATA.of(given))
     if not any(folder.glob("checkpoint-*")):  # now, not when a large model is loaded
         refuse_strangers(folder, marker="metrics.jsonl")
-    train_dataset, eval_dataset = data.load()
+    train_dataset, eval_dataset = data.load(args.dataset_text_field)
 
     model, tokenizer = FastLanguageModel.from_pretrained(**MODEL.of(given))
     wants_adapter = sections.as_file([LORA], given) != sections.as_file([LORA], DEFAULTS)
@@ -132,6 +136,12 @@ def train(given: Mapping[str, Any], dry_run: bool, again: str) -> int:
     return 0
 
 
+def _settings(given: Mapping[str, Any]) -> "SFTConfig":
+    from jaxtune.training import SFTConfig
+
+    return SFTConfig(**TRAINING.of(given))
+
+
 def _require(given: Mapping[str, Any]) -> None:
     """What a run from the command line cannot do without."""
     for name, example in (
@@ -144,7 +154,7 @@ def _require(given: Mapping[str, Any]) -> None:
                 f"there is no {name}.",
                 expected="a model, a dataset, and a folder for the adapter; without a model and a dataset, the "
                 "embedded model is trained on embedded data.",
-                fix=f"Pass --{name.replace('_', '-')}, such as {example}.",
+                fix=f"Pass --{name.replace('_', '-')}, or fill it in in the file: {example} for example.",
             )
 
 

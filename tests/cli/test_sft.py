@@ -12,11 +12,14 @@ import numpy as np
 import peft
 import pytest
 import transformers
+import yaml
 from safetensors.numpy import load_file
 
 from jaxtune import FastLanguageModel, SFTConfig, SFTTrainer, assets, train_on_responses_only
 from jaxtune.cli import sft
+from jaxtune.cli.dataset import Data
 from jaxtune.cli.main import main
+from jaxtune.data.formats import prepare
 from jaxtune.training.callbacks import Callbacks
 
 ROWS = assets.rows("json_train")[:8]
@@ -127,7 +130,7 @@ def test_the_printed_run_reads_back_as_itself(here, capsys):
         "--dataset",
         "a",
         "b",
-        "--lr-scheduler-kwargs",
+        "--quantization-config",
         "{n: 1, m: [x, null, 0.5]}",
     )
     (here / "run.yaml").write_text(text)
@@ -148,6 +151,30 @@ def test_who_names_a_model_has_the_defaults_of_the_library(capsys):
     lines = printed(capsys, "--model-name", "x", "--dataset", "y").splitlines()
     assert f"  learning_rate: {SFTConfig().learning_rate}" in lines
     assert "  train_on_responses_only: false" in lines
+
+
+def test_without_a_model_and_a_dataset_the_printed_run_is_to_be_filled_in(here, capsys):
+    """Whatever else is named, it is the library's defaults, and none of the embedded model's settings."""
+    (here / "run.yaml").write_text(text := printed(capsys))
+    values = {name: value for each in yaml.safe_load(text).values() for name, value in each.items()}
+    assert values["model_name"] is values["dataset"] is None
+    assert values["max_steps"] == SFTConfig().max_steps
+    assert str(assets.HERE) not in text
+    named = printed(capsys, "--model-name", "x")
+    assert named == text.replace("model_name: null", 'model_name: "x"')
+    for arguments, missing in [([], "model_name"), (["--model-name", "x"], "dataset")]:
+        assert main(["sft", "--config", "run.yaml", *arguments]) == 1
+        assert f"there is no {missing}" in capsys.readouterr().err
+    filled_in = ["--config", "run.yaml", "--model-name", str(assets.TINY), "--dataset", "mine.jsonl"]
+    assert main(["sft", *filled_in, *QUICK, "--dry-run"]) == 0
+
+
+def test_a_run_that_would_be_refused_is_not_printed(here, capsys):
+    (here / "run.yaml").write_text("learning_rate: -1")
+    assert main(["sft", "--config", "run.yaml", "--print-config"]) == 1
+    shown = capsys.readouterr()
+    assert "line 1 of run.yaml" in shown.err
+    assert shown.out == ""
 
 
 # What is wrong
@@ -242,6 +269,72 @@ def test_a_dataset_of_the_hub(here, capsys, monkeypatch):
         ("org/more", "de", "validation"),
         ("org/rows", "de", "train[:9]"),
     ]
+
+
+ASKED = [{"user": "Say it.", "assistant": "It."}, {"user": "Name one.\nOf cities.", "assistant": "Rome."}]
+"""What the four forms below say."""
+FORMS = {
+    "messages": [
+        {"messages": [{"role": role, "content": text} for role, text in chat.items()]} for chat in ASKED
+    ],
+    "alpaca": [
+        {"instruction": "Say it.", "input": "", "output": "It."},
+        {"instruction": "Name one.", "input": "Of cities.", "output": "Rome."},
+    ],
+    "alpaca without input": [{"instruction": chat["user"], "output": chat["assistant"]} for chat in ASKED],
+    "sharegpt": [
+        {
+            "conversations": [
+                {"from": "human", "value": chat["user"]},
+                {"from": "gpt", "value": chat["assistant"]},
+            ]
+        }
+        for chat in ASKED
+    ],
+}
+
+
+def tokens(rows):
+    """What the embedded model would be trained on."""
+    model, tokenizer = FastLanguageModel.from_pretrained(assets.TINY, max_seq_length=128)
+    return [sample.input_ids.tolist() for sample in prepare(rows, tokenizer, max_length=model.max_seq_length)]
+
+
+@pytest.mark.parametrize("form", ["alpaca", "alpaca without input", "sharegpt"])
+@pytest.mark.parametrize("source", ["file", "hub"])
+def test_usual_forms_become_conversations(here, monkeypatch, caplog, form, source):
+    rows = FORMS[form]
+    (here / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: datasets.Dataset.from_list(rows))
+    data = Data(dataset="rows.jsonl" if source == "file" else "org/rows", eval_dataset="held.jsonl")
+    with caplog.at_level("INFO"):
+        trained, evaluated = data.load()
+    assert tokens(trained) == tokens(FORMS["messages"])
+    assert list(evaluated) == ROWS[:2]  # as they are, and nothing is said of them
+    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("jaxtune.cli")]
+    assert said.startswith("dataset is in " + ("ShareGPT" if form == "sharegpt" else "Alpaca"))
+
+
+def test_a_column_that_says_what_is_meant_goes_before_the_form(here):
+    rows = [row | {"text": "mine"} for row in FORMS["alpaca"] + FORMS["sharegpt"]]
+    (here / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert list(Data(dataset="rows.jsonl").load()[0]) == rows
+    assert list(Data(dataset="rows.jsonl").load(text_field="output")[0]) == rows
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--dataset mine.jsonl --dataset-split train[:5]",
+        "--dataset mine.jsonl --eval-dataset held.jsonl --eval-split validation",
+        "--dataset mine.jsonl --eval-split validation",
+        "--dataset mine.jsonl --dataset-config de",
+    ],
+)
+def test_a_split_or_a_configuration_of_files_is_refused(here, capsys, arguments):
+    assert run(*arguments.split()) == 1
+    name, value = arguments.split()[-2:]
+    assert f"{name[2:].replace('-', '_')}={value!r}" in capsys.readouterr().err
 
 
 # Runs
