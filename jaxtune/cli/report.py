@@ -109,7 +109,7 @@ def used(folder: Path) -> None:
         goes_on = "; --resume-from-checkpoint goes on with that one" if checkpoints else ""
         say(
             f"{folder} has an earlier run's {' and '.join(found)}. This run begins anew, and writes over what has the "
-            f"same name; another --output-dir leaves it alone{goes_on}."
+            f"same name. Another --output-dir leaves it alone{goes_on}."
         )
 
 

@@ -100,9 +100,9 @@ def train(given: Mapping[str, Any], dry_run: bool, again: str) -> int:
     data = Data(**DATA.of(given))
     if not any(folder.glob("checkpoint-*")):  # now, not when a large model is loaded
         refuse_strangers(folder, marker="metrics.jsonl")
+    train_dataset, eval_dataset = data.load(args.dataset_text_field)
     if not (args.resume_from_checkpoint or dry_run):
         report.used(folder)
-    train_dataset, eval_dataset = data.load(args.dataset_text_field)
 
     model, tokenizer = FastLanguageModel.from_pretrained(**MODEL.of(given))
     wants_adapter = sections.as_file([LORA], given) != sections.as_file([LORA], DEFAULTS)
