@@ -9,6 +9,11 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(name)
 
 
+def counted(number: int, what: str) -> str:
+    """1, "step" -> "1 step"; 2, "step" -> "2 steps"."""
+    return f"{number} {what}" + "s" * (number != 1)
+
+
 def show(level: int = logging.INFO) -> None:
     """Prints jaxtune's messages to stderr as `jaxtune: message`, unless the user has configured a handler already."""
     root = logging.getLogger("jaxtune")

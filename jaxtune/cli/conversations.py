@@ -22,13 +22,10 @@ def conversations(rows: Any, option: str, text_field: str) -> Any:
         log.info("%s is in ShareGPT's form: its messages become those of user and assistant.", option)
         return standardize_sharegpt(_whole(rows))
     if {"instruction", "output"} <= first.keys() and not {"messages", "conversations"} & first.keys():
-        context = " and input" if "input" in first else ""
         log.info(
-            "%s is in Alpaca's form: instruction%s become the user's turn, output the assistant's.",
-            option,
-            context,
+            "%s is in Alpaca's form: the user says instruction (and input), the assistant output.", option
         )
-        prompt = "{instruction}" + ("[[\n{input}]]" if context else "")
+        prompt = "{instruction}" + ("[[\n{input}]]" if "input" in first else "")
         return standardize_sharegpt(to_sharegpt(_whole(rows), prompt))
     return rows
 

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jaxtune.cli.exam import Answered
+from jaxtune.log import counted
 
 Answers = Mapping[str, Sequence[Answered]]
 """By the names of the tests."""
@@ -17,8 +18,10 @@ RUN_FILES = {
     "adapter_model.safetensors": "the adapter; its folder is for peft, or FastLanguageModel.from_pretrained",
     "model.safetensors": "the model; its folder is for transformers, or FastLanguageModel.from_pretrained",
     "metrics.jsonl": "the settings, and the numbers of the run",
+    "report.html": "the run on a page, for a browser",
 }
 """What a run may leave, and what it is for."""
+WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 
 console = Console(highlight=False)
 
@@ -98,12 +101,24 @@ def size_text(size: float) -> str:
     return f"{size:.1f} GB"
 
 
+def used(folder: Path) -> None:
+    """Says so of a folder with what an earlier run left, before one begins anew in it."""
+    weights = [name for name in WEIGHTS if (folder / name).exists()]
+    checkpoints = sum(1 for _ in folder.glob("checkpoint-*"))
+    if found := weights + [counted(checkpoints, "checkpoint")] * bool(checkpoints):
+        goes_on = "; --resume-from-checkpoint goes on with that one" if checkpoints else ""
+        say(
+            f"{folder} has an earlier run's {' and '.join(found)}. This run begins anew, and writes over what has the "
+            f"same name. Another --output-dir leaves it alone{goes_on}."
+        )
+
+
 def trained(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
     """What a run came to, and where it lies."""
     losses = [record["loss"] for record in history if "loss" in record]
     if losses:
-        steps = max(record["step"] for record in history)
-        title(f"{steps:.0f} steps: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+        steps = int(max(record["step"] for record in history))
+        title(f"{counted(steps, 'step')}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     files(folder, {name: use for name, use in RUN_FILES.items() if (folder / name).exists()})
 
 

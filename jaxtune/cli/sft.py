@@ -18,9 +18,10 @@ from jaxtune.cli.run_file import RunFile
 from jaxtune.cli.sections import Values
 from jaxtune.errors import JaxtuneError, OptionError
 from jaxtune.folders import refuse_strangers
+from jaxtune.log import counted
 
 if TYPE_CHECKING:
-    from jaxtune.training import SFTConfig
+    from jaxtune.training import SFTConfig, SFTTrainer
 
 MODEL, LORA, DATA, TRAINING = SECTIONS = sections.sections(
     known=("model",),
@@ -100,6 +101,8 @@ def train(given: Mapping[str, Any], dry_run: bool, again: str) -> int:
     if not any(folder.glob("checkpoint-*")):  # now, not when a large model is loaded
         refuse_strangers(folder, marker="metrics.jsonl")
     train_dataset, eval_dataset = data.load(args.dataset_text_field)
+    if not (args.resume_from_checkpoint or dry_run):
+        report.used(folder)
 
     model, tokenizer = FastLanguageModel.from_pretrained(**MODEL.of(given))
     wants_adapter = sections.as_file([LORA], given) != sections.as_file([LORA], DEFAULTS)
@@ -115,7 +118,7 @@ def train(given: Mapping[str, Any], dry_run: bool, again: str) -> int:
     if dry_run:
         trainer.preview()
         steps = args.total_steps(trainer.batches().steps_per_epoch)
-        print(f"{len(trainer.samples)} samples, {steps} steps; nothing was trained")
+        print(f"{counted(len(trainer.samples), 'sample')}, {counted(steps, 'step')}; nothing was trained")
         return 0
 
     try:
@@ -124,7 +127,7 @@ def train(given: Mapping[str, Any], dry_run: bool, again: str) -> int:
         if trainer.log_history:
             trainer.save_model()
             report.trained(folder, trainer.log_history)
-        if any(folder.glob("checkpoint-*")):
+        if _can_go_on(trainer):
             resume = "" if "--resume-from-checkpoint" in again else " --resume-from-checkpoint True"
             report.say(f"To go on: {again}{resume}")
         raise
@@ -134,6 +137,13 @@ def train(given: Mapping[str, Any], dry_run: bool, again: str) -> int:
         report.evaluated(trainer.evaluate())
     report.what_next(folder)
     return 0
+
+
+def _can_go_on(trainer: "SFTTrainer") -> bool:
+    """Whether an interrupted run has a step left, and a checkpoint of its own to take it from."""
+    state, keeper = trainer.state, trainer.keeper
+    has_checkpoint = keeper is not None and keeper.last_checkpoint is not None
+    return has_checkpoint and state is not None and state.global_step < state.max_steps
 
 
 def _settings(given: Mapping[str, Any]) -> "SFTConfig":

@@ -85,7 +85,8 @@ def _standard(messages: list[Row], index: int, roles: Mapping[str, str]) -> Iter
                 index,
                 f"has a message from {message[role_key]!r}",
                 f"one of {sorted(roles)}",
-                "Add the name to aliases_for_system, aliases_for_user or aliases_for_assistant.",
+                "Rename it in the data, or add it to standardize_sharegpt's aliases_for_system, aliases_for_user or "
+                "aliases_for_assistant.",
             )
         others = {key: value for key, value in message.items() if key not in (role_key, content_key)}
         content = {"content": message[content_key]} if content_key in message else {}

@@ -98,7 +98,12 @@ def saved(folder: Path) -> list[Path]:
     there = [
         path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name) and (path / RUN).is_file()
     ]
-    return sorted(there, key=_saved_at)
+    return sorted(there, key=lambda path: _moment(path, "saved_at"))
+
+
+def saved_by(run_began: float, folder: Path) -> list[Path]:
+    """Those of the one run that began then, resumed or not."""
+    return [path for path in saved(folder) if _moment(path, "run_began") == run_began]
 
 
 def _is_one(path: Path) -> bool:
@@ -106,9 +111,9 @@ def _is_one(path: Path) -> bool:
     return (path / RUN).is_file() and ((path / STATE).is_dir() or bool(_NAME.fullmatch(path.name)))
 
 
-def _saved_at(path: Path) -> float:
+def _moment(path: Path, name: str) -> float:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return float(json.loads((path / RUN).read_text())["saved_at"])
+        return float(json.loads((path / RUN).read_text())[name])
     return 0.0
 
 

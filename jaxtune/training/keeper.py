@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from jaxtune.data.batches import BatchStream
 from jaxtune.data.sample import Item
 from jaxtune.errors import CheckpointError
 from jaxtune.log import get_logger
-from jaxtune.training.checkpoints import Checkpoints, find, fingerprint, read_run, read_state
+from jaxtune.training.checkpoints import Checkpoints, find, fingerprint, read_run, read_state, saved_by
 from jaxtune.training.config import TrainingConfig
 from jaxtune.training.evaluation import evaluate_all, metric_names
 from jaxtune.training.keeping_config import KeepingConfig
@@ -70,6 +71,9 @@ class Keeper:
             with_state = not args.save_only_model
             self.checkpoints = Checkpoints(self.folder, args.save_total_limit, with_state=with_state)
         self.last_checkpoint: Path | None = None
+        """What this run can go on from."""
+        self.run_began = time.time()
+        """By which its checkpoints are told from another run's. A resumed run began when it first did."""
         self._evaluated_at = self._saved_at = -1
 
     def begin(self, run: "Run") -> None:
@@ -89,6 +93,7 @@ class Keeper:
             )
         for name in _RESTORED:
             setattr(state, name, found[name])
+        self.run_began = found.get("run_began", 0.0)
         for name, value in found["tally"].items():
             setattr(run.tally, name, value)
         self.stream.restore(found["data"])
@@ -125,6 +130,10 @@ class Keeper:
     @functools.cached_property
     def _samples(self) -> str:
         return self.stream.fingerprint()
+
+    def saved(self) -> list[Path]:
+        """The run's own checkpoints that are there."""
+        return [] if self.folder is None else saved_by(self.run_began, self.folder)
 
     @property
     def saves(self) -> bool:
@@ -179,6 +188,7 @@ class Keeper:
             "samples": self._samples,
             "settings": self._settings(),
             "model": fingerprint(self.model.causal_lm),
+            "run_began": self.run_began,
         }
         path = self.checkpoints.save(
             run.trained.state, content, self._save_model, None if best is None else Path(best)

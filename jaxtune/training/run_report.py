@@ -17,7 +17,6 @@ from jaxtune.inference.generate import ends, generate
 from jaxtune.log import get_logger
 from jaxtune.reporting import page
 from jaxtune.reporting.metrics_file import REPORT
-from jaxtune.training.checkpoints import saved
 from jaxtune.training.metrics import plain, plain_defaults
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ class RunReport:
             settings=settings,
             changed={name: defaults[name] for name in settings if settings[name] != defaults[name]},
             machine=machine(),
-            checkpoints=[path.name for path in saved(self.path.parent)],
+            checkpoints=[] if run.keeper is None else [path.name for path in run.keeper.saved()],
             samples=[
                 page.Answered(self._text(each.prompt), self._text(each.expected), *answers)
                 for each, *answers in zip(self.shown, self.before, after, strict=False)

@@ -14,7 +14,7 @@ from jaxtune.data.sample import Item, Sample
 from jaxtune.data.sample_rows import SampleRows
 from jaxtune.data.token_cache import default_folder
 from jaxtune.errors import OptionError, within
-from jaxtune.log import get_logger, show
+from jaxtune.log import counted, get_logger, show
 from jaxtune.models.flops import useful_flops
 from jaxtune.models.layer_loop import Remat
 from jaxtune.options import ANY, mirrors
@@ -209,9 +209,8 @@ class SFTTrainer(Trainer):
         if not packs:
             return samples
         rows = pack(samples, self._max_length, self.args.packing_strategy)
-        log.info(
-            "%d samples lie in %d packed rows of at most %d tokens", len(samples), len(rows), self._max_length
-        )
+        found = counted(len(samples), "sample"), counted(len(rows), "packed row")
+        log.info("%s in %s of at most %d tokens", *found, self._max_length)
         return rows
 
     def _eval_sets(self, samples: Any, prefix: str) -> EvalSets:

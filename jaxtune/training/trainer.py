@@ -107,6 +107,8 @@ class Trainer:
         self.callbacks = require_callbacks(callbacks)
         self.state: RunState | None = None
         """Where the newest run is, or was when it ended."""
+        self.keeper: Keeper | None = None
+        """That of the newest run, if the trainer has any."""
         self._run: Run | None = None
         """The one that is under way."""
         self.log_history: list[Record] = []
@@ -136,7 +138,7 @@ class Trainer:
             shown=self._shown(self.args.report_samples) if self.args.report_samples else (),
         )
         self.state, self.log_history = run.state, run.state.log_history
-        self._run = run
+        self._run, self.keeper = run, keeper
         try:
             metrics = run.go(step, batches)
         finally:

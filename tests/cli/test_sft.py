@@ -237,6 +237,13 @@ def test_a_dry_run_shows_the_data_and_trains_nothing(here, capsys):
     assert not (here / "outputs").exists()
 
 
+def test_one_is_no_plural(here, capsys, caplog):
+    with caplog.at_level("INFO"):
+        shown = dry(capsys, "--dataset", "held.jsonl", "--max-steps", "1", "--packing")
+    assert "2 samples, 1 step; nothing was trained" in shown
+    assert "2 samples in 1 packed row of at most 128 tokens" in caplog.text
+
+
 def test_train_on_responses_only(here, capsys):
     shown = dry(capsys, "--dataset", "mine.jsonl", "--train-on-responses-only")
     whole = dry(capsys, "--dataset", "mine.jsonl")
@@ -395,29 +402,64 @@ training:
         np.testing.assert_array_equal(array, by_hand[name])
 
 
+def interrupt(patch, step):
+    """Ctrl-C as that step begins."""
+    begun = []
+
+    def call(self, hook, **_):
+        begun.append(hook)
+        if hook == "on_step_begin" and begun.count(hook) == step:
+            signal.raise_signal(signal.SIGINT)
+
+    patch.setattr(Callbacks, "call", call)
+
+
 def test_ctrl_c_leaves_an_adapter_and_says_how_to_go_on(here, capsys, monkeypatch):
     steps = ["--dataset", "mine.jsonl", *QUICK, "--max-steps", "4"]
     assert run(*steps, "--output-dir", "undisturbed", "--save-strategy", "no") == 0
     undisturbed = losses(here / "undisturbed")
     capsys.readouterr()
 
-    begun = []
-
-    def call(self, hook, **_):
-        begun.append(hook)
-        if begun.count("on_step_begin") == 3:
-            signal.raise_signal(signal.SIGINT)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Callbacks, "call", call)
+        interrupt(patch, step=3)
         assert run(*steps, "--save-steps", "1") == 130
     shown = capsys.readouterr()
     assert "interrupted" in shown.err
-    assert undisturbed[:2] == losses(here / "outputs")[:2]
+    assert undisturbed[:3] == losses(here / "outputs")
     peft.PeftConfig.from_pretrained(here / "outputs")
     command = shown.out.split("To go on: jaxtune ")[1].splitlines()[0]
     assert main(shlex.split(command)) == 0
     assert losses(here / "outputs") == undisturbed
+
+
+def test_after_ctrl_c_in_the_last_step_nothing_is_left_to_go_on_with(here, capsys, monkeypatch):
+    interrupt(monkeypatch, step=1)
+    assert run("--dataset", "mine.jsonl", *QUICK, "--max-steps", "1") == 130
+    shown = capsys.readouterr().out
+    assert (here / "outputs" / "checkpoint-1").exists()
+    assert "1 step: loss" in shown and "report.html" in shown
+    assert "To go on" not in shown
+
+
+def test_a_run_without_a_checkpoint_of_its_own_does_not_offer_another_run_s(here, capsys, monkeypatch):
+    steps = ["--dataset", "mine.jsonl", *QUICK, "--max-steps", "2"]
+    assert run(*steps) == 0
+    interrupt(monkeypatch, step=2)
+    capsys.readouterr()
+    assert run(*steps, "--save-strategy", "no") == 130
+    assert "To go on" not in capsys.readouterr().out
+
+
+def test_what_an_earlier_run_left_in_the_folder_is_said(here, capsys):
+    steps = ["--dataset", "mine.jsonl", *QUICK, "--max-steps", "1"]
+    assert run(*steps) == 0
+    assert "earlier run" not in capsys.readouterr().out
+    assert run(*steps, "--learning-rate", "1e-3") == 0
+    assert (
+        "outputs has an earlier run's adapter_model.safetensors and 1 checkpoint. " in capsys.readouterr().out
+    )
+    assert run(*steps, "--learning-rate", "1e-3", "--resume-from-checkpoint") == 0
+    assert "earlier run" not in capsys.readouterr().out
 
 
 def test_an_adapter_is_trained_on(here, capsys):

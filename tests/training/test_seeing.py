@@ -268,6 +268,19 @@ class TestReport:
         text = page_of(tmp_path)
         assert "checkpoint-2" in text and "checkpoint-4" in text and "<h1>a &lt; b</h1>" in text
 
+    def test_another_run_s_checkpoints_are_not_its_own(self, model, tmp_path):
+        """A resumed run is the one that it goes on with."""
+        begun = dict(output_dir=tmp_path, save_strategy="steps", save_steps=1)
+        trained(model, **begun)
+        again = At(2, lambda control: setattr(control, "should_training_stop", True))
+        trained(model, **begun, callbacks=[again])
+        text = page_of(tmp_path)
+        assert "checkpoint-2" in text and "checkpoint-4" not in text
+        assert (tmp_path / "checkpoint-4").exists()
+        trained(model, **begun | {"save_steps": 4}, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        text = page_of(tmp_path)
+        assert all(f"checkpoint-{n}" in text for n in (1, 2, 4)) and "checkpoint-3" not in text
+
     def test_of_one_that_was_stopped(self, model, tmp_path):
         trained(
             model, callbacks=[At(3, lambda c: setattr(c, "should_training_stop", True))], output_dir=tmp_path
