@@ -141,7 +141,9 @@ def _odd_role(chat: list[Row], index: int, tokenizer: "Tokenizer") -> str:
             "Correct that row.",
         )
     odd = [role for role in dict.fromkeys(roles) if role is not None and role not in USUAL_ROLES]
-    odd = [role for role in odd if not re.search(f"['\"]{re.escape(role)}['\"]", str(tokenizer.chat_template))]
+    odd = [
+        role for role in odd if not re.search(f"['\"]{re.escape(role)}['\"]", str(tokenizer.chat_template))
+    ]
     if {"gpt", "human"} & set(odd):
         raise bad_row(
             index,
