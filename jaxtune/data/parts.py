@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxtune.data import encoding
-from jaxtune.data.markers import find_marker, mask_to_responses
+from jaxtune.data.markers import Marker, find_marker, mask_to_responses
 from jaxtune.data.sample import IGNORED, Sample
 from jaxtune.data.templates import template_of
 from jaxtune.errors import ChatTemplateError
@@ -46,6 +46,14 @@ def find_parts(tokenizer: "Tokenizer") -> tuple[str, str]:
     ):
         raise _no_parts(f"{instruction!r} and {response!r} do not part questions from answers", whole)
     return instruction, response
+
+
+def response_marker(tokenizer: "Tokenizer") -> Marker | None:
+    """The tokens that open an answer; None where the tokenizer has no chat template that shows them."""
+    try:
+        return find_marker(tokenizer, find_parts(tokenizer)[1])
+    except ChatTemplateError:
+        return None
 
 
 def _from_prompt(opening: str, generation_prompt: str) -> str:

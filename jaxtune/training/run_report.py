@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import numpy as np
 
+from jaxtune.data.markers import Marker
 from jaxtune.data.sample import IGNORED, Sample
 from jaxtune.inference.generate import ends, generate
 from jaxtune.log import get_logger
@@ -36,15 +38,16 @@ class Shown(NamedTuple):
     expected: list[int] | None
 
 
-def shown(sample: Sample) -> Shown:
-    """Up to the first part that is trained on; where all is trained on, up to the middle."""
-    trained = (sample.labels != IGNORED).nonzero()[0]
-    start = int(trained[0]) if len(trained) else len(sample.labels)
+def shown(sample: Sample, response: Marker | None) -> Shown:
+    """Up to the last part that is trained on; where all is, up to the last answer, or to the middle of plain text."""
+    length = sample.num_tokens
+    trained = np.append(False, sample.labels != IGNORED)
+    start = max(np.flatnonzero(trained[1:] & ~trained[:-1]).tolist(), default=length)
     if start < 2:
-        start = max(1, len(sample.labels) // 2)
+        answers = [end for _, end in response.spans(sample.input_ids) if end < length] if response else []
+        start = max(answers, default=max(1, length // 2))
     rest = sample.labels[start:].tolist()
-    length = rest.index(IGNORED) if IGNORED in rest else len(rest)
-    return Shown(sample.input_ids[:start].tolist(), rest[:length])
+    return Shown(sample.input_ids[:start].tolist(), rest[: rest.index(IGNORED)] if IGNORED in rest else rest)
 
 
 class RunReport:

@@ -31,7 +31,8 @@ class SeeingConfig(TrainingConfig):
     logging_dir: str | Path | None = None
     """Where TensorBoard's files go; None is a folder for each run in output_dir/runs."""
     report_samples: int = 0
-    """So many prompts of the dataset are answered greedily before and after the run, and shown in report.html."""
+    """So many prompts are answered greedily before and after the run, and shown in report.html: the first of the
+    eval_dataset where there is one, else of the train_dataset. Of a conversation, everything before the last answer."""
     profile_steps: Sequence[int] | None = None
     """The first and the last step of a stretch that jax's profiler traces, into output_dir/profile."""
 

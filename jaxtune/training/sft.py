@@ -9,6 +9,7 @@ from typing import Any
 from jaxtune.data.batches import Batch, BatchStream, StepInfo, epoch_order
 from jaxtune.data.formats import prepare
 from jaxtune.data.packing import pack
+from jaxtune.data.parts import response_marker
 from jaxtune.data.preview import preview
 from jaxtune.data.sample import Item, Sample
 from jaxtune.data.sample_rows import SampleRows
@@ -228,7 +229,8 @@ class SFTTrainer(Trainer):
         evaluated = self.eval_samples
         samples = next(iter(evaluated.values()), None) if isinstance(evaluated, dict) else evaluated
         samples = self.samples if samples is None else samples
-        return [shown(sample) for sample in samples[:count]]
+        response = response_marker(self.processing_class)
+        return [shown(sample, response) for sample in samples[:count]]
 
     def preview(self, index: int = 0) -> None:
         """Prints a sample as it will be trained on: its tokens, and which of them the loss counts."""

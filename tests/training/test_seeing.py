@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import transformers
 
-from jaxtune import LanguageModel, SFTConfig, SFTTrainer, TrainerCallback
+from jaxtune import (
+    LanguageModel,
+    SFTConfig,
+    SFTTrainer,
+    TrainerCallback,
+    get_chat_template,
+    train_on_responses_only,
+)
+from jaxtune.data.parts import response_marker
 from jaxtune.errors import DivergenceError, OptionError
 from jaxtune.models.flops import useful_flops
 from jaxtune.reporting import page
@@ -363,6 +371,27 @@ class TestSamples:
         trainer = trainer_of(model, PAIRS, eval_dataset=[{"prompt": "a dog", "completion": " x"}])
         tokenizer = models.tokenizer()
         assert [tokenizer.decode(each.prompt) for each in trainer._shown(3)] == ["a dog"]
+
+    @pytest.mark.parametrize("rendered", [False, True])
+    @pytest.mark.parametrize("assistant_only", [False, True])
+    def test_a_conversation_goes_up_to_its_last_answer(self, model, rendered, assistant_only):
+        tokenizer = get_chat_template(models.fresh_tokenizer(), "chatml")
+        turns = ("the fox", "jumps", "the dog", "is lazy")
+        chat = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        rows = [{"text": text} if rendered else {"messages": chat}]
+        trainer = SFTTrainer(model, SFTConfig(), train_dataset=rows, tokenizer=tokenizer)
+        if assistant_only:
+            train_on_responses_only(trainer)
+        (each,) = trainer._shown(1)
+        prompt = tokenizer.apply_chat_template(chat[:3], tokenize=False, add_generation_prompt=True)
+        assert tokenizer.decode(each.prompt) == prompt
+        assert tokenizer.decode(each.expected).startswith("is lazy<|im_end|>\n")
+        cut = trainer.samples[0].cut(0, len(each.prompt))  # nothing is left of its last answer
+        earlier = run_report.shown(cut, response_marker(tokenizer))
+        first = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+        assert tokenizer.decode(earlier.prompt) == first
+        assert tokenizer.decode(earlier.expected).startswith("jumps<|im_end|>\n")
 
     def test_plain_text_is_cut_in_the_middle(self, model):
         (each,) = trainer_of(model)._shown(1)
