@@ -102,7 +102,12 @@ def random_model(
         offload_embedding=offload_embedding,
     )
     jax.block_until_ready(params)
-    return LanguageModel(causal_lm, params, full_finetuning=full_finetuning)
+    return LanguageModel(
+        causal_lm,
+        params,
+        max_seq_length=causal_lm.config.max_position,
+        full_finetuning=full_finetuning,
+    )
 
 
 def peak_gb() -> float:
