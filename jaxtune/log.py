@@ -21,8 +21,7 @@ def show(level: int = logging.INFO) -> None:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("jaxtune: %(message)s"))
         root.addHandler(handler)
-        root.propagate = (
-            False  # or lines come twice once another library gives the root logger a handler, as absl does
-        )
+        # Or lines come twice once another library gives Python's own root logger a handler, as absl does.
+        root.propagate = False
     if root.level == logging.NOTSET or root.level > level:
         root.setLevel(level)

@@ -85,12 +85,9 @@ STRATEGIES: dict[str, Callable[[Iterable[Part], int], Rows]] = {
 """By TRL's names. All but "bfd" cut samples, so that these may be longer than a row."""
 
 
-def pack(
-    samples: Sequence[Sample], max_length: int, strategy: str, order: Sequence[int] | None = None
-) -> list[PackedRow]:
-    """The samples, taken in this order, in rows; without the rows that have nothing to train on."""
-    in_order = range(len(samples)) if order is None else order
-    whole = (Part(index, 0, samples[index].num_tokens) for index in in_order)
+def pack(samples: Sequence[Sample], max_length: int, strategy: str) -> list[PackedRow]:
+    """The samples in rows, without those that have nothing to train on."""
+    whole = (Part(index, 0, sample.num_tokens) for index, sample in enumerate(samples))
     rows = (
         PackedRow(
             tuple(samples[part.sample].cut(part.start, part.end) for part in row),
