@@ -184,7 +184,7 @@ def measure(model: LanguageModel, row: Row, steps: int, bare: bool = False, **se
     trainer = SFTTrainer(model, config, train_dataset=samples)
     trainer.train()
     times = [entry["step_time_sec"] for entry in trainer.log_history]
-    # Step n's time is read when step n + 1 has been dispatched: the first holds the compilation, the last no overlap.
+    # The last has nothing after it to overlap with.
     seconds = statistics.median(times[3:-1]) if len(times) > 4 else None
     peak = peak_gb()
     return {

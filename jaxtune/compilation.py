@@ -12,3 +12,5 @@ def enable_cache() -> None:
     if jax.config.jax_compilation_cache_dir is None and jax.default_backend() == "gpu":
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "jaxtune" / "compiled"))
+        # A run has dozens of small programs, a tenth of a second each.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -113,12 +113,18 @@ class FittingStep:
         self.level: str | None = None
         """That of the program that ran last."""
 
-    def __call__(self, state: TrainState, frozen: Tree, batch: MicroBatch) -> tuple[TrainState, Metrics]:
+    def prepare(
+        self, state: TrainState, frozen: Tree, batch: MicroBatch
+    ) -> tuple[str, jax.stages.Compiled]:
+        """The level and the program for arguments of these shapes, compiled unless it was."""
         leaves, structure = jax.tree.flatten((state, batch))
         key = structure, tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
         if key not in self._programs:
             self._programs[key] = self._fitting(state, frozen, batch)
-        self.level, program = self._programs[key]
+        return self._programs[key]
+
+    def __call__(self, state: TrainState, frozen: Tree, batch: MicroBatch) -> tuple[TrainState, Metrics]:
+        self.level, program = self.prepare(state, frozen, batch)
         try:
             return program(state, frozen, batch)
         except jax.errors.JaxRuntimeError as error:

@@ -29,25 +29,27 @@ def run(
     on_state: Callable[[TrainState], Any] = lambda state: None,
     after_step: Callable[[Mapping[str, Any], Callable[[], None]], bool] = lambda facts, settle: True,
     skips: int = 0,
+    prepare: Callable[[TrainState, Tree, Mapping[str, Any]], Any] = lambda *_: None,
 ) -> TrainState:
     """Runs one step for every (batch, facts). `on_record` sees each step's numbers once the next one is under way;
     `on_state` sees the state after each step, which the next one consumes. `after_step` says whether to go on; it is
     given the batch's facts, and `settle`, by which it has the step's numbers at once, and its own time is not the next
     step's. Of the facts, `sample_ids` are for errors alone. Up to `skips` steps in a row may have a loss or a gradient
-    that is not finite; `step` has then to leave the state as it was."""
+    that is not finite; `step` has then to leave the state as it was. `prepare` compiles the step for its arguments."""
     pending: tuple[int, dict[str, jax.Array], Mapping[str, Any]] | None = None
     shapes: set[tuple] = set()
     skipped = 0  # in a row
     clock = time.perf_counter()
+    seen_done: float | None = None  # when the pending step was, if that was seen before it was settled
 
     def settle() -> None:
-        nonlocal clock, pending, skipped
+        nonlocal clock, pending, skipped, seen_done
         if pending is None:
             return
         number, metrics, facts = pending
         pending = None
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        now = time.perf_counter()
+        now, seen_done = seen_done or time.perf_counter(), None
         sample_ids = facts.get("sample_ids")
         facts = {name: fact for name, fact in facts.items() if name != "sample_ids"}
         is_finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
@@ -77,13 +79,15 @@ def run(
             settle()
             shapes.add(program)
             log.info("compiling the step for %d x %d x %d tokens ...", *shape)
-        dispatched = time.perf_counter()
-        state, metrics = step(state, frozen, batch)
-        on_state(state)
-        if is_new:
-            compiled = time.perf_counter() - dispatched
+            begun = time.perf_counter()
+            prepare(state, frozen, batch)
+            compiled = time.perf_counter() - begun
             clock += compiled
             facts = {**facts, "compile_seconds": compiled}
+        elif pending is not None and all(value.is_ready() for value in pending[1].values()):
+            seen_done = time.perf_counter()  # a program with loops is dispatched until it nearly ends
+        state, metrics = step(state, frozen, batch)
+        on_state(state)
         settle()
         pending = (number, metrics, facts)
         before = clock

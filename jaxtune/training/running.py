@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxtune.errors import DivergenceError, JaxtuneError
 from jaxtune.training.callbacks import Callbacks, RunState
+from jaxtune.training.fitting import FittingStep
 from jaxtune.training.keeper import Keeper
 from jaxtune.training.loop import Record, run
 from jaxtune.training.metrics import RunLog, Tally
@@ -14,7 +15,6 @@ from jaxtune.training.profiling import Profiler
 from jaxtune.training.run_report import RunReport, Shown
 from jaxtune.training.seeing_config import SeeingConfig
 from jaxtune.training.speed import Meter
-from jaxtune.training.step import Step
 from jaxtune.training.termination import Ending, terminable
 from jaxtune.training.trained import Newest, Trainable, Trained
 
@@ -57,7 +57,7 @@ class Run:
             raise
         self.begun_at, self.meter = self.state.global_step, Meter()
 
-    def go(self, step: Step, batches: Batches) -> dict[str, float]:
+    def go(self, step: FittingStep, batches: Batches) -> dict[str, float]:
         """To its end; what there is to say of the whole."""
         trained = self.trained
         with (
@@ -83,7 +83,7 @@ class Run:
         self.end.obey()
         return summary
 
-    def _go(self, step: Step, batches: Batches) -> None:
+    def _go(self, step: FittingStep, batches: Batches) -> None:
         trained, keeper = self.trained, self.keeper
         for hook in ("on_train_begin", "on_epoch_begin", "on_step_begin"):
             self.callbacks.call(hook)
@@ -94,7 +94,7 @@ class Run:
         stream = itertools.islice(batches(trained.newest), to_come)
         run(
             step, trained.state, trained.frozen, stream, self._note, trained.take, self._after_step,
-            self.args.skip_nonfinite_steps,
+            self.args.skip_nonfinite_steps, step.prepare,
         )  # fmt: skip
         if self.tally.unlogged:  # stopped between two lines
             self._write_line()

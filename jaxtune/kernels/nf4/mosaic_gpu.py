@@ -17,8 +17,6 @@ from jax import lax
 from jaxtune.kernels.nf4.layout import BLOCK, DYNAMIC_MAP, GROUP, TABLES
 
 TILES = GROUP // 2
-STEP = 16
-"""Tiles at a time: every lane has 8 bytes of one, so that 8 lanes write whole lines of 128 bytes."""
 
 
 def why_not(shape: tuple[int, int], dtype: jnp.dtype, double: bool) -> str | None:
@@ -44,22 +42,22 @@ def dequantize_layer(
 ) -> jax.Array:
     """The weight [N, K] of layer `index`, of the four packed arrays as stacks [layers, ...]. Compiled by itself: a step
     calls it hundreds of times, and lowers it once for each shape."""
-    from jaxtune.kernels.mosaic import pl, plgpu, take
+    from jaxtune.kernels.mosaic import plgpu, take
 
     codes, absmax, nested_absmax, offset = stack
     layers, groups = nested_absmax.shape
-    BYTES = plgpu.Layout.TILED(plgpu.Tiling(((STEP, BLOCK), (4, 8))), (-4,), (-2, -3), -1)
+    # Every lane has 8 bytes of a tile in each of 8 turns, so that 8 lanes write whole lines of 128 bytes.
+    BYTES = plgpu.Layout.TILED(plgpu.Tiling(((16, BLOCK), (4, 8))), (-4,), (-2, -3), -1)
     PER_TILE = BYTES.reduce(1)
     PER_LANE = plgpu.Layout.TILED(plgpu.Tiling(((128,), (32,), (1,))), (-3,), (-2,), -1)
     PAIR_PER_LANE = plgpu.Layout.WG_STRIDED((GROUP,), vec_size=2)
-    steps = [pl.ds(start, STEP) for start in range(0, TILES, STEP)]
 
     def nf4_dequantize(
         index, codes, absmax, nested_absmax, offset, table, dynamic_map, out, values, products, scales
     ):
         layer, group = index[0], lax.axis_index("group")
         load = functools.partial(plgpu.load, optimized=False)
-        packed = [load(codes.at[layer, group, step], layout=BYTES) for step in steps]  # arrives meanwhile
+        packed = load(codes.at[layer, group], layout=BYTES)  # arrives meanwhile
         scale_codes = [load(absmax.at[layer, group, :, plane], layout=PER_LANE) for plane in (0, 1)]
         values[...] = load(table, layout=PER_LANE)
         # Product and sum are two roundings, as in the reference: memory between them keeps them from being fused.
@@ -69,12 +67,11 @@ def dequantize_layer(
             product = take(products, code.astype(jnp.int32), PER_LANE, interpret=interpret)
             scales[plane] = product + offset[layer]
         plgpu.commit_smem()
-        for step, byte in zip(steps, packed, strict=True):
-            byte = byte.astype(jnp.int32)
-            for plane, code in enumerate([byte & 15, lax.shift_right_logical(byte, 4)]):
-                value = take(values, code, BYTES, interpret=interpret)
-                scale = lax.broadcast_in_dim(load(scales.at[plane, step], layout=PER_TILE), value.shape, (0,))
-                out[group, step, plane] = (value * scale).astype(dtype)
+        byte = packed.astype(jnp.int32)
+        for plane, code in enumerate([byte & 15, lax.shift_right_logical(byte, 4)]):
+            value = take(values, code, BYTES, interpret=interpret)
+            scale = lax.broadcast_in_dim(load(scales.at[plane], layout=PER_TILE), value.shape, (0,))
+            out[group, :, plane] = (value * scale).astype(dtype)
 
     table = np.tile(TABLES[values], 8)  # every lane brings one entry
     weight = plgpu.kernel(
