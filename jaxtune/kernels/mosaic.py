@@ -6,13 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_store
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import FragmentedArray
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, vector
 
-__all__ = ["add_product", "computing_and_fetching", "pl", "plgpu", "product", "stream", "take", "tiled"]
+__all__ = [
+    "begin_product", "computing_and_fetching", "finished", "pl", "plgpu", "stream", "take", "tiled", "with_sums",
+    "zeros",
+]  # fmt: skip
 
 
 def take(table: Any, index: jax.Array, layout: Any, *, interpret: Any) -> jax.Array:
@@ -46,24 +50,62 @@ def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(tiling((8, swizzle * 8 // bits)), rows(swizzle)))
 
 
-def add_product(total: jax.Array, a: jax.Array, b: Any, staging: Any = None) -> jax.Array:
-    """`total + a @ b` on tensor cores, of arrays in registers and a ref in shared memory. The interpreter, which only
-    multiplies what lies in shared memory, needs `staging` for a."""
-    if staging is None:
-        return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.ACC.init(total))
-    staging[...] = a
-    plgpu.commit_smem()
-    return total + product(staging, b)
+def with_sums(body: Any, *starts: Any, interpret: bool = False) -> Any:
+    """`body(*sums)`: registers in which tensor cores add up products in float32, each with what it begins at, or the
+    shape of one that begins at zero."""
+    given = [None if isinstance(start, tuple) else start for start in starts]
+    shapes = [start if isinstance(start, tuple) else start.shape for start in starts]
+    if interpret:
+        return body(*(_InterpretedSum(jnp.zeros(shape) if start is None else start)
+                      for start, shape in zip(given, shapes, strict=True)))  # fmt: skip
+
+    def run(*sums: Any) -> Any:
+        for each, start in zip(sums, given, strict=True):
+            if start is not None:
+                wgmma_accumulator_store(each, start)
+        return body(*sums)
+
+    return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32) for shape in shapes])
 
 
-def product(a: Any, b: Any) -> jax.Array:
-    """`a @ b` on tensor cores, of refs in shared memory, in float32."""
+def begin_product(total: Any, a: Any, b: Any, staging: Any = None) -> None:
+    """`total += a @ b`, which then is under way: b lies in shared memory, and a there or in registers. The interpreter
+    needs `staging` for the latter."""
+    if isinstance(total, _InterpretedSum):
+        total.add(a, b, staging)
+    else:
+        plgpu.wgmma(total, a, b)
 
-    def multiply(accumulator: Any) -> jax.Array:
-        plgpu.wgmma(accumulator, a, b)
-        return accumulator[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+def finished(total: Any, under_way: int = 0) -> jax.Array:
+    """What a sum is once no more than the last so many products are under way, of which none is its own."""
+    if isinstance(total, _InterpretedSum):
+        return total.value
+    return plgpu.wgmma_accumulator_load(total, wait_n=under_way)
+
+
+class _InterpretedSum:
+    """The interpreter multiplies only what lies in shared memory, and into fresh sums."""
+
+    def __init__(self, start: jax.Array):
+        self.value = start
+
+    def add(self, a: Any, b: Any, staging: Any) -> None:
+        if staging is not None:
+            staging[...] = a
+            plgpu.commit_smem()
+            a = staging
+
+        def multiply(total: Any) -> jax.Array:
+            plgpu.wgmma(total, a, b)
+            return total[...]
+
+        self.value += pl.run_scoped(multiply, plgpu.ACC(self.value.shape, jnp.float32))
+
+
+def zeros(*shape: int) -> jax.Array:
+    """A matrix in the registers of a warpgroup, as tensor cores have it."""
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
 
 
 def computing_and_fetching(

@@ -113,9 +113,7 @@ class FittingStep:
         self.level: str | None = None
         """That of the program that ran last."""
 
-    def prepare(
-        self, state: TrainState, frozen: Tree, batch: MicroBatch
-    ) -> tuple[str, jax.stages.Compiled]:
+    def prepare(self, state: TrainState, frozen: Tree, batch: MicroBatch) -> tuple[str, jax.stages.Compiled]:
         """The level and the program for arguments of these shapes, compiled unless it was."""
         leaves, structure = jax.tree.flatten((state, batch))
         key = structure, tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)

@@ -3,6 +3,7 @@ with or without a window, are of this form, and `first` never falls from one tok
 queries sees, and what sees a block of keys, is a range of blocks.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -29,8 +30,10 @@ class Intervals(NamedTuple):
         per_block = self.first.reshape(-1, queries)
         keys = jnp.arange(self.first.size // tile) * tile
         own = (keys + tile) // queries
-        full = jnp.maximum(jnp.searchsorted(per_block[:, -1], keys, side="right"), own)
-        end = jnp.maximum(jnp.searchsorted(per_block[:, 0], keys + tile - 1, side="right"), full)
+        # (By its default method, a search is a loop of ten small kernels.)
+        no_later = functools.partial(jnp.searchsorted, side="right", method="compare_all")
+        full = jnp.maximum(no_later(per_block[:, -1], keys), own)
+        end = jnp.maximum(no_later(per_block[:, 0], keys + tile - 1), full)
         return jnp.stack([full, end], axis=1).astype(jnp.int32)
 
 

@@ -19,8 +19,9 @@ QUERIES = 64
 """Of a warpgroup: the rows of one instruction on the tensor cores."""
 TILE = WARPGROUPS * QUERIES
 LOG2_E = math.log2(math.e)
-NEVER = -1e30
-"""A score that cannot be seen. Finite, so that rows without any key stay free of NaN."""
+NEVER, LEAST = -1e30, -1e20
+"""A score that cannot be seen, and what the greatest of a row's is taken for at least: both finite, and far apart, so
+that rows without any key have weights of zero, and no NaN."""
 
 
 def forward(
@@ -35,18 +36,28 @@ def forward(
     stages: int,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output [N, H, D], and the logarithm of each softmax's denominator [H, N], in float32. `keys` in a block, `stages`
-    of them in flight."""
-    from jaxtune.kernels.mosaic import add_product, computing_and_fetching, pl, plgpu, product, stream, tiled
+    """Output [N, H, D], and the logarithm to base 2 of each softmax's denominator [H, N], in float32. `keys` in a
+    block, `stages` of them in flight. The scale is positive."""
+    from jaxtune.kernels.mosaic import (
+        begin_product,
+        computing_and_fetching,
+        finished,
+        pl,
+        plgpu,
+        stream,
+        tiled,
+        with_sums,
+        zeros,
+    )
 
     N, H, D = q_NHD.shape
     group = H // k_NKD.shape[1]
     dtype = q_NHD.dtype
     PER_ROW = plgpu.Layout.WGMMA.reduce(1)
-    blocks_per_tile = TILE // keys
+    blocks_per_tile, to_log2 = TILE // keys, unit(scale, softcap)
 
     def attend(
-        q, k, v, first, blocks, out, lse, q_buffer, k_buffer, v_buffer, lse_buffer, first_buffer,
+        q, k, v, first, blocks, out, log_sums, q_buffer, k_buffer, v_buffer, log_sums_buffer, first_buffer,
         q_ready, k_ready, v_ready, k_used, v_used, staging,
     ):  # fmt: skip
         head, wg = lax.axis_index("head"), lax.axis_index("warpgroup")
@@ -56,61 +67,96 @@ def forward(
 
         @pl.when(wg < WARPGROUPS)
         def _compute():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
             base = tile * TILE + wg * QUERIES
             rows = pl.ds(base, QUERIES)
-            own_q, own_lse, own_first = q_buffer.at[wg], lse_buffer.at[wg], first_buffer.at[wg]
+            own_q, own_log_sums, own_first = q_buffer.at[wg], log_sums_buffer.at[wg], first_buffer.at[wg]
             plgpu.copy_gmem_to_smem(q.at[rows, head], own_q, q_ready.at[wg])
             plgpu.copy_gmem_to_smem(first.at[rows], own_first, q_ready.at[wg])
             plgpu.barrier_wait(q_ready.at[wg])
             first_Q = plgpu.load(own_first, layout=PER_ROW)
 
-            def step(block, carry, masked):
-                out_QD, most_Q, sum_Q = carry
-                slot = lax.rem(block - begin, stages)
-                plgpu.barrier_wait(k_ready.at[slot])
-                s_QS = product(own_q, k_buffer.at[slot].transpose((1, 0)))
-                plgpu.barrier_arrive(k_used.at[slot])
+            def scores(block, masked, s_QS):
                 s_QS, _ = capped(s_QS, scale, softcap)
-                of_row = lambda each: lax.broadcast_in_dim(each, (QUERIES, keys), [0])
-                if masked:
-                    row, column = places(s_QS.shape, plgpu)
-                    column += block * keys
-                    visible = (column >= of_row(first_Q)) & (column <= row + base)
-                    s_QS = jnp.where(visible, s_QS, NEVER)
-                now_Q = jnp.maximum(most_Q, s_QS.max(axis=1))
-                shrink_Q = jnp.exp2(most_Q - now_Q)
-                p_QS = jnp.exp2(s_QS - of_row(now_Q))
-                sum_Q = sum_Q * shrink_Q + p_QS.sum(axis=1)
-                out_QD *= lax.broadcast_in_dim(shrink_Q, out_QD.shape, [0])
-                plgpu.barrier_wait(v_ready.at[slot])
-                out_QD = add_product(
-                    out_QD, p_QS.astype(dtype), v_buffer.at[slot], *(each.at[wg] for each in staging)
-                )
-                plgpu.barrier_arrive(v_used.at[slot])
-                return out_QD, now_Q, sum_Q
+                if not masked:
+                    return s_QS
+                row, column = places(s_QS.shape, plgpu)
+                column += block * keys
+                visible = (column >= lax.broadcast_in_dim(first_Q, s_QS.shape, [0])) & (column <= row + base)
+                return jnp.where(visible, s_QS, NEVER)
 
-            zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
-            carry = (
-                plgpu.layout_cast(zeros(QUERIES, D), plgpu.Layout.WGMMA),
-                plgpu.layout_cast(zeros(QUERIES) + NEVER, PER_ROW),
-                plgpu.layout_cast(zeros(QUERIES), PER_ROW),
-            )
-            some = functools.partial(step, masked=True)
-            carry = lax.fori_loop(begin, full, some, carry)
-            carry = lax.fori_loop(full, own, functools.partial(step, masked=False), carry)
-            carry = lax.fori_loop(own, end, some, carry)
-            out_QD, most_Q, sum_Q = carry
+            def weights(s_QS, most_Q, sum_Q):
+                now_Q = jnp.maximum(most_Q, s_QS.max(axis=1) * to_log2)
+                shrink_Q = jnp.exp2(most_Q - now_Q)
+                p_QS = jnp.exp2(s_QS * to_log2 - lax.broadcast_in_dim(now_Q, s_QS.shape, [0]))
+                sum_Q = sum_Q * shrink_Q + p_QS.sum(axis=1)
+                return p_QS, now_Q, sum_Q, shrink_Q
+
+            of_wg = [each.at[wg] for each in staging]
+            slot = lambda block: lax.rem(block - begin, stages)
+
+            def step(block, carry, masked):
+                """Multiplies this block's keys while the last one's values are, and ..."""
+                out_QD, p_QS, most_Q, sum_Q = carry
+                here, last = slot(block), slot(block - 1)
+                plgpu.barrier_wait(k_ready.at[here])
+
+                def body(s, out):
+                    begin_product(s, own_q, k_buffer.at[here].transpose((1, 0)))
+                    plgpu.barrier_wait(v_ready.at[last])
+                    begin_product(out, p_QS, v_buffer.at[last], *of_wg)
+                    s_QS = scores(block, masked, finished(s, under_way=1))
+                    plgpu.barrier_arrive(k_used.at[here])
+                    p, now_Q, total_Q, shrink_Q = weights(s_QS, most_Q, sum_Q)
+                    # Registers that products read must not be written while others are under way.
+                    out_QD, p = lax.optimization_barrier((finished(out), p))
+                    plgpu.barrier_arrive(v_used.at[last])
+                    out_QD *= lax.broadcast_in_dim(shrink_Q, out_QD.shape, [0])
+                    return out_QD, p.astype(dtype), now_Q, total_Q
+
+                return with_sums(body, (QUERIES, keys), out_QD, interpret=interpret)
+
+            def first_block():
+                plgpu.barrier_wait(k_ready.at[0])
+
+                def body(s):
+                    begin_product(s, own_q, k_buffer.at[0].transpose((1, 0)))
+                    return scores(begin, True, finished(s))
+
+                s_QS = with_sums(body, (QUERIES, keys), interpret=interpret)
+                plgpu.barrier_arrive(k_used.at[0])
+                none = lambda value: plgpu.layout_cast(jnp.full((QUERIES,), value, jnp.float32), PER_ROW)
+                p, now_Q, total_Q, _ = weights(s_QS, none(LEAST), none(0.0))
+                return zeros(QUERIES, D), p.astype(dtype), now_Q, total_Q
+
+            carry = first_block()
+            some, all_seen = (functools.partial(step, masked=masked) for masked in (True, False))
+            second = begin + 1
+            from_full, diagonal = jnp.maximum(full, second), jnp.maximum(own, second)
+            carry = lax.fori_loop(second, from_full, some, carry)
+            carry = lax.fori_loop(from_full, diagonal, all_seen, carry)
+            carry = lax.fori_loop(diagonal, end, some, carry)
+            out_QD, p_QS, most_Q, sum_Q = carry
+            last = slot(end - 1)
+            plgpu.barrier_wait(v_ready.at[last])
+
+            def body(out):
+                begin_product(out, p_QS, v_buffer.at[last], *of_wg)
+                return finished(out)
+
+            out_QD = with_sums(body, out_QD, interpret=interpret)
+            plgpu.barrier_arrive(v_used.at[last])
+            sum_Q = jnp.maximum(sum_Q, 1e-30)
             own_q[...] = (out_QD / lax.broadcast_in_dim(sum_Q, out_QD.shape, [0])).astype(dtype)
-            own_lse[...] = (most_Q + jnp.log2(sum_Q)) / LOG2_E
+            own_log_sums[...] = most_Q + jnp.log2(sum_Q)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own_q, out.at[rows, head])
-            plgpu.copy_smem_to_gmem(own_lse, lse.at[head, rows])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.copy_smem_to_gmem(own_log_sums, log_sums.at[head, rows])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(wg == WARPGROUPS)
         def _fetch():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
             at = lambda i: (pl.ds((begin + i) * keys, keys), lax.div(head, group))
             of_keys = lambda i: [(k.at[at(i)], k_buffer)]
             of_values = lambda i: [(v.at[at(i)], v_buffer)]
@@ -139,13 +185,17 @@ def forward(
     return kernel(q_NHD, k_NKD, v_NKD, seen.first, seen.blocks(TILE, keys))
 
 
-def capped(scores: jax.Array, scale: float, softcap: float | None) -> tuple[jax.Array, jax.Array | None]:
-    """Of products of queries and keys: the scores, to be exponents of 2; and what the softcap leaves of their
-    gradient."""
+def unit(scale: float, softcap: float | None) -> float:
+    """Times `capped` products, it gives scores as exponents of 2."""
+    return LOG2_E * (scale if softcap is None else softcap)
+
+
+def capped(products: jax.Array, scale: float, softcap: float | None) -> tuple[jax.Array, jax.Array | None]:
+    """Of queries' products with keys, what is left with a softcap, and of their gradient."""
     if softcap is None:
-        return scores * (scale * LOG2_E), None
-    within = jnp.tanh(scores * (scale / softcap))
-    return within * (softcap * LOG2_E), 1 - within * within
+        return products, None
+    within = jnp.tanh(products * (scale / softcap))
+    return within, 1 - within * within
 
 
 def places(shape: tuple[int, ...], plgpu: Any) -> tuple[jax.Array, jax.Array]:

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, H heads, K key/value heads, D head size; N tokens of a
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -83,17 +84,17 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: Intervals, form: For
 
 def _forward(q, k, v, seen, form):
     keys, stages = _blocks(q).forward
-    out, lse = mosaic_forward.forward(q, k, v, seen, **form._asdict(), keys=keys, stages=stages)
-    out, lse = checkpoint_name(out, OUTPUT), checkpoint_name(lse, STATISTICS)
-    return (out, lse), (q, k, v, seen, out, lse)
+    out, log_sums = mosaic_forward.forward(q, k, v, seen, **form._asdict(), keys=keys, stages=stages)
+    out, log_sums = checkpoint_name(out, OUTPUT), checkpoint_name(log_sums, STATISTICS)
+    return (out, log_sums * math.log(2)), (q, k, v, seen, out, log_sums)
 
 
 def _backward(form, kept, gradients):
-    q, k, v, seen, out, lse = kept
+    q, k, v, seen, out, log_sums = kept
     dout, dlse = gradients
     # The gradient of the denominators' logarithm is spread over the scores as the weights are.
-    delta = jnp.einsum("nhd,nhd->hn", out, dout, preferred_element_type=jnp.float32) - dlse
-    given = (q, k, v, dout, lse, delta, seen)
+    delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(axis=-1).T - dlse
+    given = (q, k, v, dout, log_sums, delta, seen)
     blocks, of_form = _blocks(q), form._asdict()
     keys, stages = blocks.of_queries
     dq = mosaic_backward.gradient_of_queries(*given, **of_form, keys=keys, stages=stages)
