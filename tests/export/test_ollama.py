@@ -17,6 +17,7 @@ from tests.data.test_published_templates import NOTHING
 from tests.data.tiny_tokenizer import CHATML, chatml_tokenizer, tiny_tokenizer
 from tests.export.go_template import go_json
 from tests.export.ollama_model import Model, read
+from tests.kit import published
 
 
 def user(text):
@@ -74,7 +75,7 @@ CONVERSATIONS = {
     "markup": [user('<b>&"x"\'s {{ .Role }} {% x %} \\n"""')],
     "unicode": [user("héllo 🙂\n\n你好"), assistant("naïve\u00a0👩‍👩‍👧"), user("नमस्ते")],
     "line breaks at both ends": SPACES,
-    "nothing but white space": [user(" \n\t "), assistant("\n"), user(" ")],
+    "nothing but white space": [user(" \n\r\t\v\f "), assistant("\n"), user(" ")],
 }
 WITH_SYSTEM = {
     "system": [system("Be brief."), user("Hi")],
@@ -123,7 +124,9 @@ CASES |= {
     **{
         f"{name}: to think, {title}": Case(name, messages, {"Think": True}, {"enable_thinking": True})
         for name in ("gemma-4", "gemma-4-thinking")
-        for title, messages in {"no system": SAID_TWICE, "system": [system("Be."), *SAID_TWICE]}.items()
+        for title, messages in {
+            "no system": SAID_TWICE, "system": [system("Be."), *SAID_TWICE], "a later system": [user("a"), system("b")],
+        }.items()
     },
 }  # fmt: skip
 
@@ -270,6 +273,18 @@ class TestTheFile:
             "PARAMETER top_k 64",
         ]
 
+    @pytest.mark.parametrize(
+        "one",
+        [one for one in PUBLISHED if (published.FOLDER / one.folder / "generation_config.json").exists()],
+        ids=lambda one: one.folder,
+    )
+    def test_sampling_as_it_was_published(self, one):
+        """Where a temperature is not named, transformers has 1."""
+        config = json.loads((published.FOLDER / one.folder / "generation_config.json").read_text())
+        named = {name: config[name] for name in ("temperature", "top_p", "top_k") if name in config}
+        expected = {"temperature": 1.0, **named} if config.get("do_sample") else {}
+        assert GO[named_template(one.name).name].sampling == expected
+
     @pytest.mark.parametrize("name", GO)
     def test_stops_at_the_end_of_turns_and_of_texts(self, name):
         tokenizer = tokenizer_for(name, map_eos_token=False)
@@ -364,6 +379,12 @@ class TestWhichTemplate:
         assert (model.template, model.system) == (GO["chatml"].go, "Be of help.")
         assert model.prompt([user("Hi")]) == expected_prompt(tokenizer, [user("Hi")])
 
+    def test_several_of_which_one_is_the_default(self):
+        tokenizer = tokenizer_for("qwen-2.5")
+        expected = modelfile("x.gguf", tokenizer)
+        tokenizer.chat_template = {"default": tokenizer.chat_template, "rag": "{{ documents }}"}
+        assert modelfile("x.gguf", tokenizer) == expected
+
     def test_one_made_of_an_example(self):
         example = "{SYSTEM}\nQ: {INPUT}\nA: {OUTPUT}\nQ: {INPUT}\nA: {OUTPUT}"
         tokenizer = tiny_tokenizer()
@@ -399,10 +420,13 @@ class TestWhichTemplate:
             ("vicuna-7b-v1.5.Q8_0.gguf", "vicuna"),
         ],
     )
-    def test_a_tokenizer_without_one_goes_by_the_model_s_name(self, file, name):
+    def test_a_tokenizer_without_one_goes_by_the_model_s_name(self, file, name, caplog):
+        caplog.set_level(logging.INFO)
         tokenizer = FORMATS[name].tokenizer()
         tokenizer.chat_template = None
-        assert model_of(tokenizer, file).template == model_of(tokenizer_for(name)).template
+        model, attached = model_of(tokenizer, file), model_of(tokenizer_for(name, map_eos_token=False))
+        assert model == attached._replace(source=f"./{file}")
+        assert f"by the name of the model, it is {name}" in caplog.text
 
     @pytest.mark.parametrize(
         "file",

@@ -27,14 +27,7 @@ def modelfile(gguf_file: str, tokenizer: "Tokenizer") -> str:
     """The Modelfile for a GGUF beside it, whose name begins with the model's. It has a TEMPLATE if the tokenizer's chat
     template was made of an example, is one of our named ones, or prints the same as one; or if the tokenizer has none,
     and the model's name is known. Otherwise it has no TEMPLATE, and says so."""
-    form = Format(go="", stops=())
-    system = None
-    if (example := example_of(tokenizer)) is not None:
-        form = Format(go=example.go or "", stops=())
-        system = None if example.opening is None else example.default_system
-    elif (template := named_template_of(tokenizer, gguf_file)) is not None:
-        log.info("The Modelfile has the chat template %s", template.name)
-        form, system = FORMATS[template.name], default_system(tokenizer, template)
+    form, system = _form(gguf_file, tokenizer)
     lines = [f"FROM ./{gguf_file}"]
     if form.go and (value := _quoted(_with_tokens(form.go, tokenizer), "chat template")):
         lines.append(f"TEMPLATE {value}")
@@ -50,6 +43,16 @@ def modelfile(gguf_file: str, tokenizer: "Tokenizer") -> str:
     lines += [f"PARAMETER stop {value}" for stop in stops if (value := _quoted(stop, "stop string"))]
     lines += [f"PARAMETER {name} {value:g}" for name, value in form.sampling.items()]
     return "\n".join(lines) + "\n"
+
+
+def _form(gguf_file: str, tokenizer: "Tokenizer") -> tuple[Format, str | None]:
+    """How to prompt, and the system message of conversations that have none. Without Go where that is not known."""
+    if (example := example_of(tokenizer)) is not None:
+        return Format(example.go or "", ()), None if example.opening is None else example.default_system
+    if (template := named_template_of(tokenizer, gguf_file)) is not None:
+        log.info("The Modelfile has the chat template %s", template.name)
+        return FORMATS[template.name], default_system(tokenizer, template)
+    return Format("", ()), None
 
 
 def _with_tokens(go: str, tokenizer: "Tokenizer") -> str:

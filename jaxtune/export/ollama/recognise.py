@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from jaxtune.data.chat_templates import TEMPLATES, ChatTemplate
 from jaxtune.data.templates import named_template, template_of
+from jaxtune.log import get_logger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
+
+log = get_logger(__name__)
 
 Messages = Sequence[dict[str, Any]]
 
@@ -46,8 +49,10 @@ def named_template_of(tokenizer: "Tokenizer", model_name: str) -> ChatTemplate |
     if tokenizer.chat_template:
         return template_of(tokenizer) or _printing_the_same(tokenizer)
     found = (name for pattern, name in _MODELS.items() if re.search(pattern, model_name.lower()))
-    name = next(found, None)
-    return None if name is None else named_template(name)
+    if (name := next(found, None)) is None:
+        return None
+    log.info("The tokenizer has no chat template: by the name of the model, it is %s", name)
+    return named_template(name)
 
 
 def default_system(tokenizer: "Tokenizer", template: ChatTemplate) -> str | None:
@@ -55,7 +60,7 @@ def default_system(tokenizer: "Tokenizer", template: ChatTemplate) -> str | None
     there: what stands at its place, in what is printed. None if nothing does."""
     place = "\ufdd2"  # a character that no text has
     marked = _prompt(tokenizer, [_system(place), _user("Hi")], template.jinja)
-    plain = _prompt(tokenizer, [_user("Hi")], tokenizer.chat_template or template.jinja)
+    plain = _prompt(tokenizer, [_user("Hi")], None if tokenizer.chat_template else template.jinja)
     if plain is None or marked is None:
         return None
     before, after = marked.split(place)
@@ -125,8 +130,11 @@ def _printing_the_same(tokenizer: "Tokenizer") -> ChatTemplate | None:
     return max(alike, key=same, default=None)
 
 
-def _prompt(tokenizer: "Tokenizer", messages: Messages, jinja: Any = None, **options: Any) -> str | None:
-    """Without the bos token, which not every template writes; None where the template refuses."""
+def _prompt(
+    tokenizer: "Tokenizer", messages: Messages, jinja: str | None = None, **options: Any
+) -> str | None:
+    """By the tokenizer's own template unless `jinja` is given, without the bos token, which not every template writes;
+    None where the template refuses."""
     options = {"add_generation_prompt": True, "date_string": "26 Jul 2024", **options}
     try:
         text = tokenizer.apply_chat_template(list(messages), chat_template=jinja, tokenize=False, **options)

@@ -40,9 +40,11 @@ def _gemma_4(prompt: str) -> str:
 
 _UNLESS_THINKING = "<|turn>model\n{{ if not $.Think }}<|channel>thought\n<channel|>{{ end }}"
 
+_GOOGLES = {"temperature": 1.0, "top_p": 0.95, "top_k": 64}
+
 FORMATS = {
     "gemma": Format(_GEMMA, ("<end_of_turn>",)),
-    "gemma-3": Format(_GEMMA_3, ("<end_of_turn>",), {"temperature": 1.0, "top_p": 0.95, "top_k": 64}),
-    "gemma-4": Format(_gemma_4("<|turn>model\n"), ("<turn|>",)),
-    "gemma-4-thinking": Format(_gemma_4(_UNLESS_THINKING), ("<turn|>",)),
+    "gemma-3": Format(_GEMMA_3, ("<end_of_turn>",), _GOOGLES),
+    "gemma-4": Format(_gemma_4("<|turn>model\n"), ("<turn|>",), _GOOGLES),
+    "gemma-4-thinking": Format(_gemma_4(_UNLESS_THINKING), ("<turn|>",), _GOOGLES),
 }

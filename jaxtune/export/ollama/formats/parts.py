@@ -19,7 +19,8 @@ class Format:
     stops: tuple[str, ...]
     """What opens or ends a turn. The tokenizer's eos token comes on top."""
     sampling: Mapping[str, float] = field(default_factory=dict)
-    """What the maker of the format's models recommends, by Ollama's names."""
+    """What the maker of the format's models recommends, by Ollama's names: in their generation configs, for gpt-oss and
+    LFM on their model cards."""
 
 
 # `slice` gives the messages from one on: a single one left is the last.
