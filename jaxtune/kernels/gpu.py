@@ -13,4 +13,6 @@ def why_not_mosaic() -> str | None:
     """What keeps kernels in Pallas' Mosaic GPU from running on this machine, if anything does."""
     if not 9.0 <= capability() < 10.0:
         return "it was checked on NVIDIA GPUs of compute capability 9.0 only"
-    return None if jax.device_count() == 1 else "among several devices, arrays may be cut into shards"
+    if jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual:
+        return None
+    return "among several devices, arrays may be cut into shards; under jax.shard_map they are whole"

@@ -57,7 +57,7 @@ def test_matches_plain_softmax(rows, window, softcap, block):
     def ours(q, k, v):
         return reference.attention(
             q, k, v, q_segments_BT=segments, kv_segments_BS=segments, q_positions_BT=positions,
-            kv_positions_BS=positions, scale=0.3, window=window, softcap=softcap, block=block,
+            kv_positions_BS=positions, scale=0.3, window=window, softcap=softcap, sinks_H=None, block=block,
         )  # fmt: skip
 
     real = segments > 0

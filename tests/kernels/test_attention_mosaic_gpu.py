@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxtune.kernels import gpu
-from jaxtune.kernels.attention import attention, mosaic_gpu
+from jaxtune.kernels.attention import api, attention, mosaic_gpu
 from jaxtune.kernels.attention.intervals import intervals
 from tests.kit.compare import assert_close
 from tests.kit.kernel_cases import plain_attention
@@ -72,6 +72,53 @@ def test_equals_the_definition(rows, heads, size, form):
     for mine, theirs in zip(found, expected, strict=True):
         assert np.isfinite(np.asarray(mine, np.float32)).all()
         assert_close(mine.astype(jnp.float32), theirs, 1e-2)
+
+
+def test_sinks_join_through_the_denominators():
+    """The whole of the gradient with respect to what their logarithm is reduced to."""
+    segments, positions = layout([[100, 28]])
+    q, k, v, dout = draw(segments, 2, 1, 64)
+    sinks = jnp.array([1.5, -0.5])
+
+    def ours(q, k, v, sinks):
+        settings = dict(segments_BT=segments, scale=0.2, window=None, softcap=None, interpret=True)
+        return api.with_sinks(*mosaic_gpu.attention(q, k, v, **settings), sinks)
+
+    def exact(q, k, v, sinks):
+        return plain_attention(q, k, v, segments, positions, 0.2, sinks=sinks)
+
+    out, pull = jax.vjp(ours, q, k, v, sinks)
+    right, right_pull = jax.vjp(exact, *(x.astype(jnp.float32) for x in (q, k, v)), sinks)
+    for mine, theirs in zip((out, *pull(dout)), (right, *right_pull(dout.astype(jnp.float32))), strict=True):
+        assert_close(mine.astype(jnp.float32), theirs, 1e-2)
+
+
+@pytest.mark.parametrize("over", ["batch", "heads"])
+def test_under_vmap_and_shard_map(over):
+    """The same bits as one after the other. (The interpreter has one device; `tests/gpu` cuts among two.)"""
+    segments, _ = layout([[100, 28]])
+    q, k, v, dout = (jnp.concatenate([x, 2 * x]) for x in draw(segments, 4, 2, 64))
+    settings = dict(scale=0.2, window=None, softcap=None, interpret=True)
+
+    def both(q, k, v, dout):
+        attend = lambda *qkv: mosaic_gpu.attention(
+            *qkv, segments_BT=np.tile(segments, (len(q), 1)), **settings
+        )[0]
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, *pull(dout)
+
+    axis = {"batch": 0, "heads": 2}[over]
+    given = (q, k, v, dout)
+    halves = [both(*(jnp.split(x, 2, axis)[i] for x in given)) for i in range(2)]
+    one_by_one = [np.asarray(jnp.concatenate(pair, axis)) for pair in zip(*halves, strict=True)]
+    stacked = [jnp.stack(jnp.split(x, 2, axis)) for x in given]
+    mapped = [jnp.concatenate(list(each), axis) for each in jax.vmap(both)(*stacked)]
+    spec = jax.P(*[None] * axis, "cut")
+    mesh = jax.make_mesh((1,), ("cut",), axis_types=(jax.sharding.AxisType.Auto,))
+    cut = jax.shard_map(both, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*given)
+    for found in (mapped, cut):
+        for mine, theirs in zip(found, one_by_one, strict=True):
+            np.testing.assert_array_equal(np.asarray(mine), theirs)
 
 
 def test_the_logarithm_of_the_denominators_and_its_gradient():

@@ -339,54 +339,66 @@ def attention_cases() -> Iterator[Case]:
         q, k, v, dout = (
             normal(keys, *segments.shape, h, size, dtype=dtype) for h in (heads, kv_heads, kv_heads, heads)
         )
-        return q, k, v, dout, segments, positions, pieces_of(lengths, tokens)
+        return q, k, v, dout, normal(keys, heads), segments, positions, pieces_of(lengths, tokens)
 
-    def both(attend, q, k, v, dout, segments):
+    def all_of(attend, q, k, v, dout, segments, *sinks):
         real = (segments > 0)[:, :, None, None]
-        out, pull = jax.vjp(lambda q, k, v: jnp.where(real, attend(q, k, v), 0), q, k, v)
+        out, pull = jax.vjp(lambda *inputs: jnp.where(real, attend(*inputs), 0), q, k, v, *sinks)
         return out, *pull(dout)
 
-    def ours(q, k, v, dout, segments, positions, pieces, *, implementation, **form):
-        def attend(q, k, v):
+    def ours(q, k, v, dout, sinks, segments, positions, pieces, *, with_sinks, implementation, **form):
+        def attend(q, k, v, sinks=None):
             return attention(
                 q, k, v, q_segments_BT=segments, kv_segments_BS=segments, q_positions_BT=positions,
-                kv_positions_BS=positions, pieces_GM=pieces, scale=q.shape[-1] ** -0.5,
+                kv_positions_BS=positions, pieces_GM=pieces, scale=q.shape[-1] ** -0.5, sinks_H=sinks,
                 implementation=implementation, **form,
             )  # fmt: skip
 
-        return both(attend, q, k, v, dout, segments)
+        return all_of(attend, q, k, v, dout, segments, *[sinks] * with_sinks)
 
-    def exact(q, k, v, dout, segments, positions, pieces, **form):
-        attend = lambda q, k, v: plain_attention(q, k, v, segments, positions, q.shape[-1] ** -0.5, **form)
-        return both(attend, *(x.astype(jnp.float32) for x in (q, k, v, dout)), segments)
+    def exact(q, k, v, dout, sinks, segments, positions, pieces, *, with_sinks, **form):
+        def attend(q, k, v, sinks=None):
+            return plain_attention(q, k, v, segments, positions, q.shape[-1] ** -0.5, sinks=sinks, **form)
 
-    def case(name, rows, heads, **form):
+        floats = (x.astype(jnp.float32) for x in (q, k, v, dout))
+        return all_of(attend, *floats, segments, *[sinks] * with_sinks)
+
+    def case(name, rows, heads, with_sinks=False, **form):
         tiny, real = ROWS[rows]
+        form["with_sinks"] = with_sinks
         return Case(
-            op=attention_api.NAME, name=name, tiny=(tiny, 4, 2, 8), real=(real, *heads), separate=4,
+            op=attention_api.NAME, name=name, tiny=(tiny, 4, 2, 8), real=(real, *heads),
+            separate=0 if with_sinks else 4,  # a sink's gradient is a sum over rows
             inputs=inputs, ours=functools.partial(ours, **form), exact=functools.partial(exact, **form),
         )  # fmt: skip
 
-    llama_8b, llama_1b, gemma = (16, 4, 128), (32, 8, 64), (8, 4, 256)
+    llama_8b, llama_1b, gemma, phi_3 = (16, 4, 128), (32, 8, 64), (8, 4, 256), (8, 8, 96)
     for rows in ROWS:
         yield case(rows, rows, llama_8b)
     for rows in ("one segment a row", "packed"):
         yield case(f"heads of 64, {rows}", rows, llama_1b)
+        yield case(f"heads of 96, {rows}", rows, phi_3)
+        yield case(f"sinks, {rows}", rows, llama_1b, with_sinks=True)
+        yield case(f"sinks and a window, {rows}", rows, llama_1b, with_sinks=True, window=128)
         yield case(f"heads of 256, {rows}", rows, gemma)
         yield case(f"a window, {rows}", rows, llama_8b, window=5)
         yield case(f"a window and a softcap, {rows}", rows, gemma, window=5, softcap=2.0)
     yield case("a window, a row of padding", "a row of padding", llama_8b, window=5)
 
 
-def plain_attention(q, k, v, segments, positions, scale, window=None, softcap=None):
+def plain_attention(q, k, v, segments, positions, scale, window=None, softcap=None, sinks=None):
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     scores = scale * jnp.einsum("bthd,bshd->bhts", q, k)
     scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
     behind = positions[:, :, None] - positions[:, None]
     visible = (segments[:, :, None] == segments[:, None]) & (behind >= 0)
     visible &= behind < (2**30 if window is None else window)
-    weights = jax.nn.softmax(jnp.where(visible[:, None], scores, jnp.finfo(scores.dtype).min), axis=-1)
-    return jnp.einsum("bhts,bshd->bthd", weights, v)
+    scores = jnp.where(visible[:, None], scores, jnp.finfo(scores.dtype).min)
+    if sinks is not None:
+        scores = jnp.append(
+            scores, jnp.broadcast_to(sinks[None, :, None, None], (*scores.shape[:3], 1)), axis=-1
+        )
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]], v)
 
 
 CASES = [

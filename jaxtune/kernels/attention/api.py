@@ -1,6 +1,7 @@
 """Causal grouped-query attention over segments: one function, which picks its implementation."""
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.kernels import gpu
@@ -11,8 +12,8 @@ BLOCK = 512
 """Queries at a time on the XLA path: 4 rows x 4096 keys x 32 heads keep 1 GiB of float32 scores."""
 
 NAME = "attention"
-IMPLEMENTATIONS: Candidates = {"cudnn": cudnn.why_not_here, "xla": None, "mosaic_gpu": gpu.why_not_mosaic}
-"""By what the machine has; a case may ask for more. The last is taken only by name: it has not run on a GPU yet."""
+IMPLEMENTATIONS: Candidates = {"cudnn": cudnn.why_not_here, "mosaic_gpu": gpu.why_not_mosaic, "xla": None}
+"""By what the machine has; a case may ask for more, and for another order."""
 
 
 def attention(
@@ -28,13 +29,14 @@ def attention(
     pieces_GM: jax.Array | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    sinks_H: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Queries [B, T, H, D] against keys and values [B, S, K, D] -> [B, T, H, D].
 
     Visible are keys of the query's own segment (0 is padding), no later in position, at most `window - 1` earlier.
-    `softcap` turns scores into softcap tanh(score / softcap), before the mask. Outputs of padding queries are finite
-    and mean nothing.
+    `softcap` turns scores into softcap tanh(score / softcap), before the mask. `sinks` are scores of a key of each head
+    that every query sees, whose value is 0. Outputs of padding queries are finite and mean nothing.
 
     `pieces_GM` promises a layout, which some implementations ask for: keys are the queries' own tokens, and all tokens,
     row after row, are pieces laid end to end, so long each, zeros aside. A piece is a whole segment, or padding, of at
@@ -44,20 +46,23 @@ def attention(
     `implementation`: see `kernels.choice`. The output is named "attention" for rematerialisation, and what its backward
     pass needs besides "attention_statistics".
     """
-    _require_shapes(q_BTHD, k_BSKD, v_BSKD, q_segments_BT, kv_segments_BS, q_positions_BT, kv_positions_BS)
-    candidates: Candidates = {
-        **IMPLEMENTATIONS,
-        "cudnn": lambda: cudnn.why_not_here() or cudnn.why_not(q_BTHD, pieces_GM, softcap),
+    _require_shapes(
+        q_BTHD, k_BSKD, v_BSKD, q_segments_BT, kv_segments_BS, q_positions_BT, kv_positions_BS, sinks_H
+    )
+    why_not = {
+        "cudnn": lambda: cudnn.why_not_here() or cudnn.why_not(q_BTHD, pieces_GM, softcap, sinks_H),
         "mosaic_gpu": lambda: gpu.why_not_mosaic() or mosaic_gpu.why_not(q_BTHD, pieces_GM),
+        "xla": None,
     }
-    chosen = choose(NAME, implementation, candidates)
+    chosen = choose(NAME, implementation, {name: why_not[name] for name in _fastest_first(pieces_GM, window)})
     if chosen == "cudnn":
         assert pieces_GM is not None
         return cudnn.attention(q_BTHD, k_BSKD, v_BSKD, pieces_GM=pieces_GM, scale=scale, window=window)
     if chosen == "mosaic_gpu":
-        return mosaic_gpu.attention(
+        out, lse_BHT = mosaic_gpu.attention(
             q_BTHD, k_BSKD, v_BSKD, segments_BT=q_segments_BT, scale=scale, window=window, softcap=softcap
-        )[0]
+        )
+        return out if sinks_H is None else with_sinks(out, lse_BHT, sinks_H)
     out = reference.attention(
         q_BTHD,
         k_BSKD,
@@ -69,9 +74,23 @@ def attention(
         scale=scale,
         window=window,
         softcap=softcap,
+        sinks_H=sinks_H,
         block=BLOCK,
     )
     return checkpoint_name(out, cudnn.OUTPUT)
+
+
+def _fastest_first(pieces_GM: jax.Array | None, window: int | None) -> tuple[str, ...]:
+    """As measured on an H100 (docs/kernels.md): cuDNN is ahead where a query sees a whole long row."""
+    sees_rows = pieces_GM is not None and pieces_GM.shape[1] == 1 and window is None
+    return ("cudnn", "mosaic_gpu", "xla") if sees_rows else ("mosaic_gpu", "cudnn", "xla")
+
+
+def with_sinks(out_BTHD: jax.Array, lse_BHT: jax.Array, sinks_H: jax.Array) -> jax.Array:
+    """A sink adds to each softmax's denominator, and nothing to what is summed."""
+    share_BHT = jax.nn.sigmoid(lse_BHT - sinks_H.astype(lse_BHT.dtype)[None, :, None])
+    share_BTH1 = jnp.swapaxes(share_BHT, 1, 2)[..., None]
+    return (out_BTHD.astype(share_BTH1.dtype) * share_BTH1).astype(out_BTHD.dtype)
 
 
 def _require_shapes(
@@ -82,6 +101,7 @@ def _require_shapes(
     kv_segments: jax.Array,
     q_positions: jax.Array,
     kv_positions: jax.Array,
+    sinks: jax.Array | None,
 ) -> None:
     if k.shape != v.shape or (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]):
         raise ValueError(
@@ -95,3 +115,5 @@ def _require_shapes(
     ):  # fmt: skip
         if found.shape != of.shape[:2]:
             raise ValueError(f"{name} are {found.shape}, and rows and tokens {of.shape[:2]}")
+    if sinks is not None and sinks.shape != q.shape[2:3]:
+        raise ValueError(f"sinks are {sinks.shape}, and there are {q.shape[2]} query heads")

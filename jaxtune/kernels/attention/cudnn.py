@@ -47,12 +47,16 @@ def why_not_here() -> str | None:
     return None if capability() >= 8.0 else "it needs an NVIDIA GPU of compute capability 8.0"
 
 
-def why_not(q_BTHD: jax.Array, pieces_GM: jax.Array | None, softcap: float | None) -> str | None:
+def why_not(
+    q_BTHD: jax.Array, pieces_GM: jax.Array | None, softcap: float | None, sinks_H: jax.Array | None
+) -> str | None:
     """What keeps it from doing this on a machine where it runs."""
     if pieces_GM is None:
         return "the layout of the rows is not given"
     if softcap is not None:
         return "it has no softcap"
+    if sinks_H is not None:
+        return "it has no sinks"
     if q_BTHD.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in 16 bits, not in {q_BTHD.dtype}"
     if q_BTHD.shape[1] == 1:

@@ -27,6 +27,7 @@ def attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks_H: jax.Array | None,
     block: int,
 ) -> jax.Array:
     B, T, H, D = q_BTHD.shape
@@ -40,6 +41,7 @@ def attention(
         scale=scale,
         window=window,
         softcap=softcap,
+        sinks=None if sinks_H is None else sinks_H.reshape(1, K, H // K, 1, 1),
     )
     q = q_BTHD.reshape(B, T, K, H // K, D)
     # The backward pass keeps no scores: they are computed again. (Nothing could be shared with the forward pass inside
@@ -60,7 +62,7 @@ def attention(
     return jnp.moveaxis(out, 0, 1).reshape(B, n * block, H, D)[:, :T]
 
 
-def _attend(q, q_seg, q_pos, *, k, v, kv_seg, kv_pos, scale, window, softcap):
+def _attend(q, q_seg, q_pos, *, k, v, kv_seg, kv_pos, scale, window, softcap, sinks):
     q_seg, q_pos, kv_seg, kv_pos = q_seg[:, :, None], q_pos[:, :, None], kv_seg[:, None], kv_pos[:, None]
     visible = (q_seg == kv_seg) & (q_seg != 0) & (kv_pos <= q_pos)
     if window is not None:
@@ -69,5 +71,8 @@ def _attend(q, q_seg, q_pos, *, k, v, kv_seg, kv_pos, scale, window, softcap):
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    if sinks is not None:
+        sinks = jnp.broadcast_to(sinks.astype(scores.dtype), (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, sinks], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(v.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, v)
