@@ -1,6 +1,7 @@
 """Pallas' Mosaic GPU backend, and what it lacks. Its names move between versions of JAX: kernels import them from here,
 and only when they run, for Pallas takes a quarter of a second to import."""
 
+import functools
 from typing import Any
 
 import jax
@@ -14,8 +15,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, vector
 
 __all__ = [
-    "begin_product", "computing_and_fetching", "finished", "pl", "plgpu", "stream", "take", "tiled", "with_sums",
-    "zeros",
+    "begin_product", "computing_and_fetching", "finished", "in_phases", "pass_by", "pl", "plgpu", "stream", "take",
+    "tiled", "with_sums", "zeros",
 ]  # fmt: skip
 
 
@@ -123,6 +124,25 @@ def computing_and_fetching(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
+
+
+def in_phases(step: Any, carry: Any, edges: Any) -> Any:
+    """`carry = step(i, carry, masked)`, i from the first of four edges to the last, not masked between those in the
+    middle."""
+    begin, whole, part, end = edges
+    for start, stop, masked in ((begin, whole, True), (whole, part, False), (part, end, True)):
+        carry = lax.fori_loop(start, stop, functools.partial(step, masked=masked), carry)
+    return carry
+
+
+def pass_by(begin: Any, end: Any, slot: Any, streams: Any) -> None:
+    """Lets go of blocks that others of the program use, and this warpgroup does not."""
+
+    @pl.loop(begin, end)
+    def _(i: jax.Array) -> None:
+        for full, used in streams:
+            plgpu.barrier_wait(full.at[slot(i)])
+            plgpu.barrier_arrive(used.at[slot(i)])
 
 
 def stream(count: jax.Array, stages: int, streams: Any) -> None:

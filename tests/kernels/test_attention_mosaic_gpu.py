@@ -151,16 +151,17 @@ def test_each_token_sees_from_its_first_key_on():
 
 
 def test_blocks_that_nobody_sees_are_left_out():
-    """Of segments as long as tiles: each tile goes through its own blocks."""
+    """Of 64 queries, or keys, at a time: from which block on, between which all is seen of all, and to which."""
     seen = intervals(np.repeat(np.arange(1, 5), 128)[None], None)
-    assert seen.blocks(128, 64).tolist() == [[0, 0], [2, 2], [4, 4], [6, 6]]
-    assert seen.blocks_by(128, 64).tolist() == [[2, 2], [4, 4], [6, 6], [8, 8]]
-    whole = intervals(np.ones((1, 512)), None)
-    assert whole.blocks(128, 64).tolist() == [[0, 0]] * 4
-    assert whole.blocks_by(128, 64).tolist() == [[8, 8]] * 4
+    assert seen.blocks(64, 128).tolist() == [[i, i, i, i + 1] for i in (0, 0, 1, 1, 2, 2, 3, 3)]
+    assert seen.blocks(64, 64).tolist()[2:4] == [[2, 2, 2, 3], [2, 2, 3, 4]]
+    assert seen.blocks_by(64, 64).tolist()[2:4] == [[2, 3, 4, 4], [3, 4, 4, 4]]
+    whole = intervals(np.ones((1, 256)), None)
+    assert whole.blocks(64, 64).tolist() == [[0, 0, i, i + 1] for i in range(4)]
+    assert whole.blocks_by(64, 64).tolist() == [[i, i + 1, 4, 4] for i in range(4)]
     window = intervals(np.ones((1, 512)), 129)
-    assert window.blocks(128, 64).tolist() == [[0, 0], [0, 2], [2, 4], [4, 6]]
-    assert window.blocks_by(128, 64).tolist() == [[2, 4], [4, 6], [6, 8], [8, 8]]
+    assert window.blocks(64, 64).tolist()[5] == [3, 4, 5, 6]
+    assert window.blocks_by(64, 64).tolist()[2] == [2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("softcap", [None, 50.0])

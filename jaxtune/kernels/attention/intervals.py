@@ -15,26 +15,30 @@ class Intervals(NamedTuple):
     first: jax.Array
     """[N] int32: the first key that the query sees; behind itself, where it sees none."""
 
-    def blocks(self, tile: int, keys: int) -> jax.Array:
-        """[N / tile, 2] of `tile` queries: the first block of `keys` that any of them sees, and the first that all of
-        them see all of, or the first of the tile's own if there is none."""
-        per_tile = self.first.reshape(-1, tile)
-        own = jnp.arange(len(per_tile)) * (tile // keys)
-        begin = jnp.minimum(per_tile[:, 0] // keys, own)
-        full = jnp.clip(-(-per_tile[:, -1] // keys), begin, own)
-        return jnp.stack([begin, full], axis=1).astype(jnp.int32)
+    def blocks(self, queries: int, keys: int) -> jax.Array:
+        """[N / queries, 4], of so many queries each: the first block of `keys` that any of them sees, from where on and
+        until where all of them see all of it, and where what they see ends."""
+        first = self.first.reshape(-1, queries)
+        at = jnp.arange(len(first)) * queries
+        diagonal = at // keys
+        begin = jnp.minimum(first[:, 0] // keys, diagonal)
+        whole = jnp.clip(-(-first[:, -1] // keys), begin, diagonal)
+        return _table(begin, whole, diagonal, -(-(at + queries) // keys))
 
-    def blocks_by(self, tile: int, queries: int) -> jax.Array:
-        """[N / tile, 2] of `tile` keys, from the tile's end on: the first block of `queries` of which not all see all
-        of them, and the first of which none sees any."""
-        per_block = self.first.reshape(-1, queries)
-        keys = jnp.arange(self.first.size // tile) * tile
-        own = (keys + tile) // queries
+    def blocks_by(self, keys: int, queries: int) -> jax.Array:
+        """[N / keys, 4], of so many keys each: the same, of the blocks of `queries` that see them."""
+        first = self.first.reshape(-1, queries)
+        at = jnp.arange(self.first.size // keys) * keys
+        below = -(-(at + keys) // queries)
         # (By its default method, a search is a loop of ten small kernels.)
         no_later = functools.partial(jnp.searchsorted, side="right", method="compare_all")
-        full = jnp.maximum(no_later(per_block[:, -1], keys), own)
-        end = jnp.maximum(no_later(per_block[:, 0], keys + tile - 1), full)
-        return jnp.stack([full, end], axis=1).astype(jnp.int32)
+        whole = jnp.maximum(no_later(first[:, -1], at), below)
+        end = jnp.maximum(no_later(first[:, 0], at + keys - 1), whole)
+        return _table(at // queries, below, whole, end)
+
+
+def _table(*columns: jax.Array) -> jax.Array:
+    return jnp.stack(columns, axis=1).astype(jnp.int32)
 
 
 def intervals(segments_BT: jax.Array, window: int | None) -> Intervals:

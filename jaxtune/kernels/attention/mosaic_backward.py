@@ -38,6 +38,8 @@ def gradient_of_queries(
         begin_product,
         computing_and_fetching,
         finished,
+        in_phases,
+        pass_by,
         pl,
         plgpu,
         stream,
@@ -49,7 +51,7 @@ def gradient_of_queries(
     N, H, D = q_NHD.shape
     group, dtype = H // k_NKD.shape[1], q_NHD.dtype
     PER_ROW = plgpu.Layout.WGMMA.reduce(1)
-    blocks_per_tile, to_log2 = TILE // keys, unit(scale, softcap)
+    to_log2 = unit(scale, softcap)
 
     def descend(
         q, k, v, dout, log_sums, delta, first, blocks, dq,
@@ -58,33 +60,37 @@ def gradient_of_queries(
     ):  # fmt: skip
         head, wg = lax.axis_index("head"), lax.axis_index("warpgroup")
         tile = N // TILE - 1 - lax.axis_index("tile")  # the longest first
-        begin, full, own = blocks[tile, 0], blocks[tile, 1], tile * blocks_per_tile
-        end = own + blocks_per_tile
+        begin, end = blocks[tile * WARPGROUPS, 0], blocks[tile * WARPGROUPS + WARPGROUPS - 1, 3]
+        slot = lambda block: lax.rem(block - begin, stages)
 
         @pl.when(wg < WARPGROUPS)
         def _compute():
             plgpu.set_max_registers(240, action="increase")
-            base = tile * TILE + wg * QUERIES
+            mine = tile * WARPGROUPS + wg
+            edges = [blocks[mine, i] for i in range(4)]
+            base = mine * QUERIES
             rows = pl.ds(base, QUERIES)
             own_q, own_dout = q_buffer.at[wg], dout_buffer.at[wg]
-            here = lambda buffer: plgpu.load(buffer.at[wg], layout=PER_ROW)
             for source, buffer in (
                 (q.at[rows, head], q_buffer), (dout.at[rows, head], dout_buffer), (first.at[rows], first_buffer),
                 (log_sums.at[head, rows], log_sums_buffer), (delta.at[head, rows], delta_buffer),
             ):  # fmt: skip
                 plgpu.copy_gmem_to_smem(source, buffer.at[wg], ready.at[wg])
             plgpu.barrier_wait(ready.at[wg])
-            log_sums_Q, delta_Q, first_Q = here(log_sums_buffer), here(delta_buffer), here(first_buffer)
+            log_sums_Q, delta_Q, first_Q = (
+                plgpu.load(buffer.at[wg], layout=PER_ROW)
+                for buffer in (log_sums_buffer, delta_buffer, first_buffer)
+            )
 
             def step(block, dq_QD, masked):
-                slot = lax.rem(block - begin, stages)
+                here = slot(block)
                 of_row = lambda each: lax.broadcast_in_dim(each, (QUERIES, keys), [0])
 
                 def body(s, dp, dq):
-                    plgpu.barrier_wait(k_ready.at[slot])
-                    begin_product(s, own_q, k_buffer.at[slot].transpose((1, 0)))
-                    plgpu.barrier_wait(v_ready.at[slot])
-                    begin_product(dp, own_dout, v_buffer.at[slot].transpose((1, 0)))
+                    plgpu.barrier_wait(k_ready.at[here])
+                    begin_product(s, own_q, k_buffer.at[here].transpose((1, 0)))
+                    plgpu.barrier_wait(v_ready.at[here])
+                    begin_product(dp, own_dout, v_buffer.at[here].transpose((1, 0)))
                     s_QS, slope = capped(finished(s, under_way=1), scale, softcap)
                     p_QS = jnp.exp2(s_QS * to_log2 - of_row(log_sums_Q))
                     if masked:
@@ -92,23 +98,22 @@ def gradient_of_queries(
                         column += block * keys
                         p_QS = jnp.where((column >= of_row(first_Q)) & (column <= row + base), p_QS, 0.0)
                     ds_QS = p_QS * (finished(dp) - of_row(delta_Q))
-                    plgpu.barrier_arrive(v_used.at[slot])
+                    plgpu.barrier_arrive(v_used.at[here])
                     ds_QS = ds_QS if slope is None else ds_QS * slope
                     begin_product(
-                        dq, ds_QS.astype(dtype), k_buffer.at[slot], *(each.at[wg] for each in staging)
+                        dq, ds_QS.astype(dtype), k_buffer.at[here], *(each.at[wg] for each in staging)
                     )
                     dq_QD = finished(dq)
-                    plgpu.barrier_arrive(k_used.at[slot])
+                    plgpu.barrier_arrive(k_used.at[here])
                     return dq_QD
 
                 fresh = (QUERIES, keys)
                 return with_sums(body, fresh, fresh, dq_QD, interpret=interpret)
 
-            some, all_seen = (functools.partial(step, masked=masked) for masked in (True, False))
-            dq_QD = zeros(QUERIES, D)
-            dq_QD = lax.fori_loop(begin, full, some, dq_QD)
-            dq_QD = lax.fori_loop(full, own, all_seen, dq_QD)
-            dq_QD = lax.fori_loop(own, end, some, dq_QD)
+            streams = (k_ready, k_used), (v_ready, v_used)
+            pass_by(begin, edges[0], slot, streams)
+            dq_QD = in_phases(step, zeros(QUERIES, D), edges)
+            pass_by(edges[-1], end, slot, streams)
             own_q[...] = (dq_QD * scale).astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own_q, dq.at[rows, head])
@@ -139,7 +144,9 @@ def gradient_of_queries(
         ],
         interpret=interpret,
     )  # fmt: skip
-    return kernel(q_NHD, k_NKD, v_NKD, dout_NHD, log_sums_HN, delta_HN, seen.first, seen.blocks(TILE, keys))
+    return kernel(
+        q_NHD, k_NKD, v_NKD, dout_NHD, log_sums_HN, delta_HN, seen.first, seen.blocks(QUERIES, keys)
+    )
 
 
 def gradient_of_keys(
@@ -164,6 +171,8 @@ def gradient_of_keys(
         begin_product,
         computing_and_fetching,
         finished,
+        in_phases,
+        pass_by,
         pl,
         plgpu,
         stream,
@@ -185,14 +194,15 @@ def gradient_of_keys(
             ready, q_ready, dout_ready, q_used, dout_used, staging,
         ) = rest  # fmt: skip
         kv_head, wg, tile = lax.axis_index("kv_head"), lax.axis_index("warpgroup"), lax.axis_index("tile")
-        begin = tile * (tile_size // queries)
-        own, full, end = begin + tile_size // queries, blocks[tile, 0], blocks[tile, 1]
+        begin, end = blocks[tile * WARPGROUPS, 0], blocks[tile * WARPGROUPS + WARPGROUPS - 1, 3]
         count = end - begin
 
         @pl.when(wg < WARPGROUPS)
         def _compute():
             plgpu.set_max_registers(240, action="increase")
-            base = tile * tile_size + wg * KEYS
+            mine = tile * WARPGROUPS + wg
+            edges = [blocks[mine, i] for i in range(4)]
+            base = mine * KEYS
             rows = pl.ds(base, KEYS)
             own_k, own_v = k_buffer.at[wg], v_buffer.at[wg]
             plgpu.copy_gmem_to_smem(k.at[rows, kv_head], own_k, ready.at[wg])
@@ -243,12 +253,12 @@ def gradient_of_keys(
                 return with_sums(body, fresh, fresh, *gradients, interpret=interpret)
 
             def of_head(member, gradients):
-                some, by_all = (
-                    functools.partial(step, member=member, masked=masked) for masked in (True, False)
-                )
-                gradients = lax.fori_loop(begin, own, some, gradients)
-                gradients = lax.fori_loop(own, full, by_all, gradients)
-                return lax.fori_loop(full, end, some, gradients)
+                slot = lambda block: lax.rem(member * count + block - begin, stages)
+                streams = (q_ready, q_used), (dout_ready, dout_used)
+                pass_by(begin, edges[0], slot, streams)
+                gradients = in_phases(functools.partial(step, member=member), gradients, edges)
+                pass_by(edges[-1], end, slot, streams)
+                return gradients
 
             gradients = lax.fori_loop(0, group, of_head, (zeros(KEYS, D),) * wanted)
             places_and_factors = [(own_k, scale)] * of_keys + [(own_v, 1.0)] * of_values
@@ -303,5 +313,5 @@ def gradient_of_keys(
         interpret=interpret,
     )  # fmt: skip
     return kernel(
-        q_NHD, k_NKD, v_NKD, dout_NHD, log_sums_HN, delta_HN, seen.first, seen.blocks_by(tile_size, queries)
+        q_NHD, k_NKD, v_NKD, dout_NHD, log_sums_HN, delta_HN, seen.first, seen.blocks_by(KEYS, queries)
     )

@@ -4,7 +4,6 @@ fetches keys and values, a block ahead. Scores stay in registers; the softmax is
 Shapes: N tokens of all rows, H heads, K key/value heads, D head size; Q queries of a warpgroup, S keys of a block.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -42,6 +41,8 @@ def forward(
         begin_product,
         computing_and_fetching,
         finished,
+        in_phases,
+        pass_by,
         pl,
         plgpu,
         stream,
@@ -54,7 +55,7 @@ def forward(
     group = H // k_NKD.shape[1]
     dtype = q_NHD.dtype
     PER_ROW = plgpu.Layout.WGMMA.reduce(1)
-    blocks_per_tile, to_log2 = TILE // keys, unit(scale, softcap)
+    to_log2 = unit(scale, softcap)
 
     def attend(
         q, k, v, first, blocks, out, log_sums, q_buffer, k_buffer, v_buffer, log_sums_buffer, first_buffer,
@@ -62,13 +63,15 @@ def forward(
     ):  # fmt: skip
         head, wg = lax.axis_index("head"), lax.axis_index("warpgroup")
         tile = N // TILE - 1 - lax.axis_index("tile")  # the longest first
-        begin, full, own = blocks[tile, 0], blocks[tile, 1], tile * blocks_per_tile
-        end = own + blocks_per_tile
+        begin, end = blocks[tile * WARPGROUPS, 0], blocks[tile * WARPGROUPS + WARPGROUPS - 1, 3]
+        slot = lambda block: lax.rem(block - begin, stages)
 
         @pl.when(wg < WARPGROUPS)
         def _compute():
             plgpu.set_max_registers(240, action="increase")
-            base = tile * TILE + wg * QUERIES
+            mine = tile * WARPGROUPS + wg
+            my_begin, whole, part, my_end = (blocks[mine, i] for i in range(4))
+            base = mine * QUERIES
             rows = pl.ds(base, QUERIES)
             own_q, own_log_sums, own_first = q_buffer.at[wg], log_sums_buffer.at[wg], first_buffer.at[wg]
             plgpu.copy_gmem_to_smem(q.at[rows, head], own_q, q_ready.at[wg])
@@ -93,10 +96,10 @@ def forward(
                 return p_QS, now_Q, sum_Q, shrink_Q
 
             of_wg = [each.at[wg] for each in staging]
-            slot = lambda block: lax.rem(block - begin, stages)
+            streams = (k_ready, k_used), (v_ready, v_used)
 
             def step(block, carry, masked):
-                """Multiplies this block's keys while the last one's values are, and ..."""
+                """The products with the last block's values go on while this block's weights are found."""
                 out_QD, p_QS, most_Q, sum_Q = carry
                 here, last = slot(block), slot(block - 1)
                 plgpu.barrier_wait(k_ready.at[here])
@@ -117,27 +120,24 @@ def forward(
                 return with_sums(body, (QUERIES, keys), out_QD, interpret=interpret)
 
             def first_block():
-                plgpu.barrier_wait(k_ready.at[0])
+                here = slot(my_begin)
+                plgpu.barrier_wait(k_ready.at[here])
 
                 def body(s):
-                    begin_product(s, own_q, k_buffer.at[0].transpose((1, 0)))
-                    return scores(begin, True, finished(s))
+                    begin_product(s, own_q, k_buffer.at[here].transpose((1, 0)))
+                    return scores(my_begin, True, finished(s))
 
                 s_QS = with_sums(body, (QUERIES, keys), interpret=interpret)
-                plgpu.barrier_arrive(k_used.at[0])
+                plgpu.barrier_arrive(k_used.at[here])
                 none = lambda value: plgpu.layout_cast(jnp.full((QUERIES,), value, jnp.float32), PER_ROW)
                 p, now_Q, total_Q, _ = weights(s_QS, none(LEAST), none(0.0))
                 return zeros(QUERIES, D), p.astype(dtype), now_Q, total_Q
 
-            carry = first_block()
-            some, all_seen = (functools.partial(step, masked=masked) for masked in (True, False))
-            second = begin + 1
-            from_full, diagonal = jnp.maximum(full, second), jnp.maximum(own, second)
-            carry = lax.fori_loop(second, from_full, some, carry)
-            carry = lax.fori_loop(from_full, diagonal, all_seen, carry)
-            carry = lax.fori_loop(diagonal, end, some, carry)
-            out_QD, p_QS, most_Q, sum_Q = carry
-            last = slot(end - 1)
+            pass_by(begin, my_begin, slot, streams)
+            second = my_begin + 1
+            edges = second, jnp.maximum(whole, second), jnp.maximum(part, second), my_end
+            out_QD, p_QS, most_Q, sum_Q = in_phases(step, first_block(), edges)
+            last = slot(my_end - 1)
             plgpu.barrier_wait(v_ready.at[last])
 
             def body(out):
@@ -146,6 +146,7 @@ def forward(
 
             out_QD = with_sums(body, out_QD, interpret=interpret)
             plgpu.barrier_arrive(v_used.at[last])
+            pass_by(my_end, end, slot, streams)
             sum_Q = jnp.maximum(sum_Q, 1e-30)
             own_q[...] = (out_QD / lax.broadcast_in_dim(sum_Q, out_QD.shape, [0])).astype(dtype)
             own_log_sums[...] = most_Q + jnp.log2(sum_Q)
@@ -182,7 +183,7 @@ def forward(
         ],
         interpret=interpret,
     )
-    return kernel(q_NHD, k_NKD, v_NKD, seen.first, seen.blocks(TILE, keys))
+    return kernel(q_NHD, k_NKD, v_NKD, seen.first, seen.blocks(QUERIES, keys))
 
 
 def unit(scale: float, softcap: float | None) -> float:
