@@ -1,6 +1,7 @@
 """Pallas' Mosaic GPU backend, and what it lacks. Its names move between versions of JAX: kernels import them from here,
 and only when they run, for Pallas takes a quarter of a second to import."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -52,28 +53,31 @@ def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def with_sums(body: Any, *starts: Any, interpret: bool = False) -> Any:
-    """`body(*sums)`: registers in which tensor cores add up products in float32, each with what it begins at, or the
-    shape of one that begins at zero."""
-    given = [None if isinstance(start, tuple) else start for start in starts]
+    """`body(*sums)`: registers in which tensor cores add up products in float32, each of a shape, from zero, or from
+    the array that it begins at."""
+    sums = [None if isinstance(start, tuple) or not interpret else _InterpretedSum(start) for start in starts]
+    fresh = [i for i, each in enumerate(sums) if each is None]
     shapes = [start if isinstance(start, tuple) else start.shape for start in starts]
-    if interpret:
-        return body(*(_InterpretedSum(jnp.zeros(shape) if start is None else start)
-                      for start, shape in zip(given, shapes, strict=True)))  # fmt: skip
 
-    def run(*sums: Any) -> Any:
-        for each, start in zip(sums, given, strict=True):
-            if start is not None:
-                wgmma_accumulator_store(each, start)
+    def run(*accumulators: Any) -> Any:
+        for i, accumulator in zip(fresh, accumulators, strict=True):
+            sums[i] = accumulator
+            if not isinstance(starts[i], tuple):
+                wgmma_accumulator_store(accumulator, starts[i])
         return body(*sums)
 
-    return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32) for shape in shapes])
+    return pl.run_scoped(run, *[plgpu.ACC(shapes[i], jnp.float32) for i in fresh]) if fresh else run()
 
 
 def begin_product(total: Any, a: Any, b: Any, staging: Any = None) -> None:
     """`total += a @ b`, which then is under way: b lies in shared memory, and a there or in registers. The interpreter
     needs `staging` for the latter."""
+    if staging is not None:
+        staging[...] = a
+        plgpu.commit_smem()
+        a = staging
     if isinstance(total, _InterpretedSum):
-        total.add(a, b, staging)
+        total.value += with_sums(lambda fresh: (plgpu.wgmma(fresh, a, b), fresh[...])[1], total.value.shape)
     else:
         plgpu.wgmma(total, a, b)
 
@@ -85,23 +89,11 @@ def finished(total: Any, under_way: int = 0) -> jax.Array:
     return plgpu.wgmma_accumulator_load(total, wait_n=under_way)
 
 
+@dataclasses.dataclass
 class _InterpretedSum:
-    """The interpreter multiplies only what lies in shared memory, and into fresh sums."""
+    """The interpreter has sums from zero only."""
 
-    def __init__(self, start: jax.Array):
-        self.value = start
-
-    def add(self, a: Any, b: Any, staging: Any) -> None:
-        if staging is not None:
-            staging[...] = a
-            plgpu.commit_smem()
-            a = staging
-
-        def multiply(total: Any) -> jax.Array:
-            plgpu.wgmma(total, a, b)
-            return total[...]
-
-        self.value += pl.run_scoped(multiply, plgpu.ACC(self.value.shape, jnp.float32))
+    value: jax.Array
 
 
 def zeros(*shape: int) -> jax.Array:
@@ -126,12 +118,16 @@ def computing_and_fetching(
     )
 
 
-def in_phases(step: Any, carry: Any, edges: Any) -> Any:
-    """`carry = step(i, carry, masked)`, i from the first of four edges to the last, not masked between those in the
-    middle."""
+def in_phases(step: Any, edges: Any, carry: Any = None) -> Any:
+    """`carry = step(i, carry, masked=)`, i from the first of four edges to the last, not masked between those in the
+    middle; without a carry, `step(i, masked=)`."""
     begin, whole, part, end = edges
     for start, stop, masked in ((begin, whole, True), (whole, part, False), (part, end, True)):
-        carry = lax.fori_loop(start, stop, functools.partial(step, masked=masked), carry)
+        each = functools.partial(step, masked=masked)
+        if carry is None:
+            pl.loop(start, stop)(each)
+        else:
+            carry = lax.fori_loop(start, stop, each, carry)
     return carry
 
 

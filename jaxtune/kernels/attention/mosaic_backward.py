@@ -45,7 +45,6 @@ def gradient_of_queries(
         stream,
         tiled,
         with_sums,
-        zeros,
     )
 
     N, H, D = q_NHD.shape
@@ -82,11 +81,11 @@ def gradient_of_queries(
                 for buffer in (log_sums_buffer, delta_buffer, first_buffer)
             )
 
-            def step(block, dq_QD, masked):
+            def step(block, dq, masked):
                 here = slot(block)
                 of_row = lambda each: lax.broadcast_in_dim(each, (QUERIES, keys), [0])
 
-                def body(s, dp, dq):
+                def body(s, dp):
                     plgpu.barrier_wait(k_ready.at[here])
                     begin_product(s, own_q, k_buffer.at[here].transpose((1, 0)))
                     plgpu.barrier_wait(v_ready.at[here])
@@ -94,27 +93,30 @@ def gradient_of_queries(
                     s_QS, slope = capped(finished(s, under_way=1), scale, softcap)
                     p_QS = jnp.exp2(s_QS * to_log2 - of_row(log_sums_Q))
                     if masked:
-                        row, column = places(p_QS.shape, plgpu)
-                        column += block * keys
-                        p_QS = jnp.where((column >= of_row(first_Q)) & (column <= row + base), p_QS, 0.0)
+                        row_Q, column_S = places(p_QS.shape, plgpu)
+                        column_QS = lax.broadcast_in_dim(column_S + block * keys, p_QS.shape, [1])
+                        visible = (column_QS >= of_row(first_Q)) & (column_QS <= of_row(row_Q + base))
+                        p_QS = jnp.where(visible, p_QS, 0.0)
                     ds_QS = p_QS * (finished(dp) - of_row(delta_Q))
                     plgpu.barrier_arrive(v_used.at[here])
                     ds_QS = ds_QS if slope is None else ds_QS * slope
                     begin_product(
                         dq, ds_QS.astype(dtype), k_buffer.at[here], *(each.at[wg] for each in staging)
                     )
-                    dq_QD = finished(dq)
+                    plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(k_used.at[here])
-                    return dq_QD
 
-                fresh = (QUERIES, keys)
-                return with_sums(body, fresh, fresh, dq_QD, interpret=interpret)
+                with_sums(body, (QUERIES, keys), (QUERIES, keys))
 
             streams = (k_ready, k_used), (v_ready, v_used)
-            pass_by(begin, edges[0], slot, streams)
-            dq_QD = in_phases(step, zeros(QUERIES, D), edges)
-            pass_by(edges[-1], end, slot, streams)
-            own_q[...] = (dq_QD * scale).astype(dtype)
+
+            def through_keys(dq):
+                pass_by(begin, edges[0], slot, streams)
+                in_phases(functools.partial(step, dq=dq), edges)
+                pass_by(edges[-1], end, slot, streams)
+                return finished(dq)
+
+            own_q[...] = (with_sums(through_keys, (QUERIES, D)) * scale).astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own_q, dq.at[rows, head])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -178,7 +180,6 @@ def gradient_of_keys(
         stream,
         tiled,
         with_sums,
-        zeros,
     )
 
     N, H, D = q_NHD.shape
@@ -210,20 +211,21 @@ def gradient_of_keys(
             plgpu.barrier_wait(ready.at[wg])
             of_wg = [each.at[wg] for each in staging]
 
-            def step(block, gradients, member, masked):
+            def step(block, member, totals, masked):
                 slot = lax.rem(member * count + block - begin, stages)
                 here = lambda buffer: plgpu.load(buffer.at[slot], layout=PER_COLUMN)
                 of_column = lambda each: lax.broadcast_in_dim(each, (KEYS, queries), [1])
 
-                def body(s, dp, *totals):
+                def body(s, dp):
                     plgpu.barrier_wait(q_ready.at[slot])
                     begin_product(s, own_k, q_buffer.at[slot].transpose((1, 0)))
                     s_SQ, slope = capped(finished(s), scale, softcap)
                     p_SQ = jnp.exp2(s_SQ * to_log2 - of_column(here(log_sums_buffer)))
                     if masked:
-                        row, column = places(p_SQ.shape, plgpu)
-                        row += base
-                        visible = (row >= of_column(here(first_buffer))) & (row <= column + block * queries)
+                        row_S, column_Q = places(p_SQ.shape, plgpu)
+                        row_SQ = lax.broadcast_in_dim(row_S + base, p_SQ.shape, [0])
+                        visible = row_SQ >= of_column(here(first_buffer))
+                        visible &= row_SQ <= of_column(column_Q + block * queries)
                         p_SQ = jnp.where(visible, p_SQ, 0.0)
                     weights = lax.optimization_barrier(p_SQ.astype(dtype))
                     plgpu.barrier_wait(dout_ready.at[slot])
@@ -245,22 +247,23 @@ def gradient_of_keys(
                     plgpu.barrier_arrive(dout_used.at[slot])
                     if of_keys:
                         begin_product(totals[0], ds_SQ.astype(dtype), q_buffer.at[slot], *of_wg)
-                    results = tuple(finished(each) for each in totals)
+                        plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(q_used.at[slot])
-                    return results
 
-                fresh = (KEYS, queries)
-                return with_sums(body, fresh, fresh, *gradients, interpret=interpret)
+                with_sums(body, (KEYS, queries), (KEYS, queries))
 
-            def of_head(member, gradients):
-                slot = lambda block: lax.rem(member * count + block - begin, stages)
-                streams = (q_ready, q_used), (dout_ready, dout_used)
-                pass_by(begin, edges[0], slot, streams)
-                gradients = in_phases(functools.partial(step, member=member), gradients, edges)
-                pass_by(edges[-1], end, slot, streams)
-                return gradients
+            def through_heads(*totals):
+                @pl.loop(0, group)
+                def _(member):
+                    slot = lambda block: lax.rem(member * count + block - begin, stages)
+                    streams = (q_ready, q_used), (dout_ready, dout_used)
+                    pass_by(begin, edges[0], slot, streams)
+                    in_phases(functools.partial(step, member=member, totals=totals), edges)
+                    pass_by(edges[-1], end, slot, streams)
 
-            gradients = lax.fori_loop(0, group, of_head, (zeros(KEYS, D),) * wanted)
+                return [finished(each) for each in totals]
+
+            gradients = with_sums(through_heads, *[(KEYS, D)] * wanted)
             places_and_factors = [(own_k, scale)] * of_keys + [(own_v, 1.0)] * of_values
             for gradient, (own_buffer, factor), target in zip(
                 gradients, places_and_factors, out, strict=True

@@ -83,9 +83,10 @@ def forward(
                 s_QS, _ = capped(s_QS, scale, softcap)
                 if not masked:
                     return s_QS
-                row, column = places(s_QS.shape, plgpu)
-                column += block * keys
-                visible = (column >= lax.broadcast_in_dim(first_Q, s_QS.shape, [0])) & (column <= row + base)
+                row_Q, column_S = places(s_QS.shape, plgpu)
+                of_row = lambda each: lax.broadcast_in_dim(each, s_QS.shape, [0])
+                column_QS = lax.broadcast_in_dim(column_S + block * keys, s_QS.shape, [1])
+                visible = (column_QS >= of_row(first_Q)) & (column_QS <= of_row(row_Q + base))
                 return jnp.where(visible, s_QS, NEVER)
 
             def weights(s_QS, most_Q, sum_Q):
@@ -127,7 +128,7 @@ def forward(
                     begin_product(s, own_q, k_buffer.at[here].transpose((1, 0)))
                     return scores(my_begin, True, finished(s))
 
-                s_QS = with_sums(body, (QUERIES, keys), interpret=interpret)
+                s_QS = with_sums(body, (QUERIES, keys))
                 plgpu.barrier_arrive(k_used.at[here])
                 none = lambda value: plgpu.layout_cast(jnp.full((QUERIES,), value, jnp.float32), PER_ROW)
                 p, now_Q, total_Q, _ = weights(s_QS, none(LEAST), none(0.0))
@@ -136,7 +137,7 @@ def forward(
             pass_by(begin, my_begin, slot, streams)
             second = my_begin + 1
             edges = second, jnp.maximum(whole, second), jnp.maximum(part, second), my_end
-            out_QD, p_QS, most_Q, sum_Q = in_phases(step, first_block(), edges)
+            out_QD, p_QS, most_Q, sum_Q = in_phases(step, edges, first_block())
             last = slot(my_end - 1)
             plgpu.barrier_wait(v_ready.at[last])
 
@@ -199,9 +200,10 @@ def capped(products: jax.Array, scale: float, softcap: float | None) -> tuple[ja
     return within, 1 - within * within
 
 
-def places(shape: tuple[int, ...], plgpu: Any) -> tuple[jax.Array, jax.Array]:
-    """Of each entry, its row and its column."""
+def places(shape: tuple[int, int], plgpu: Any) -> tuple[jax.Array, jax.Array]:
+    """The numbers of the rows, and of the columns, of a matrix in registers."""
     row, column = (
-        plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)
+        plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=plgpu.Layout.WGMMA.reduce(1 - axis))
+        for axis, size in enumerate(shape)
     )
     return row, column
