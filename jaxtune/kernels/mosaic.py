@@ -3,7 +3,7 @@ and only when they run, for Pallas takes a quarter of a second to import."""
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, vector
 
 __all__ = [
-    "begin_product", "computing_and_fetching", "finished", "in_phases", "pass_by", "pl", "plgpu", "stream", "take",
-    "tiled", "with_sums", "zeros",
+    "Stream", "barriers", "begin_product", "computing_and_fetching", "fetch", "finished", "in_phases", "pass_by", "pl",
+    "plgpu", "take", "tiled", "with_sums", "zeros",
 ]  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def begin_product(total: Any, a: Any, b: Any, staging: Any = None) -> None:
         plgpu.commit_smem()
         a = staging
     if isinstance(total, _InterpretedSum):
-        total.value += with_sums(lambda fresh: (plgpu.wgmma(fresh, a, b), fresh[...])[1], total.value.shape)
+        total.value += with_sums(functools.partial(_product, a, b), total.value.shape)
     else:
         plgpu.wgmma(total, a, b)
 
@@ -87,6 +87,11 @@ def finished(total: Any, under_way: int = 0) -> jax.Array:
     if isinstance(total, _InterpretedSum):
         return total.value
     return plgpu.wgmma_accumulator_load(total, wait_n=under_way)
+
+
+def _product(a: Any, b: Any, total: Any) -> jax.Array:
+    plgpu.wgmma(total, a, b)
+    return total[...]
 
 
 @dataclasses.dataclass
@@ -131,33 +136,59 @@ def in_phases(step: Any, edges: Any, carry: Any = None) -> Any:
     return carry
 
 
-def pass_by(begin: Any, end: Any, slot: Any, streams: Any) -> None:
+class Stream(NamedTuple):
+    """Blocks that one warpgroup fetches and the others use, `stages` of them on their way or in use."""
+
+    stages: int
+    barriers: list[Any]
+    """One for each stage that says that a block is there, and one that everyone is done with it."""
+
+    def slot(self, i: Any) -> Any:
+        return lax.rem(i, self.stages)
+
+    def wait(self, i: Any) -> Any:
+        """For block i; where it lies."""
+        plgpu.barrier_wait(self.barriers[0].at[self.slot(i)])
+        return self.slot(i)
+
+    def release(self, i: Any) -> None:
+        plgpu.barrier_arrive(self.barriers[1].at[self.slot(i)])
+
+
+def barriers(stages: int, copies: int, users: int) -> list[Any]:
+    """Scratch of a stream: of blocks that so many copies bring, for so many warpgroups."""
+    return [
+        plgpu.Barrier(num_barriers=stages, num_arrivals=copies),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=users),
+    ]
+
+
+def pass_by(begin: Any, end: Any, streams: list[Stream]) -> None:
     """Lets go of blocks that others of the program use, and this warpgroup does not."""
 
     @pl.loop(begin, end)
     def _(i: jax.Array) -> None:
-        for full, used in streams:
-            plgpu.barrier_wait(full.at[slot(i)])
-            plgpu.barrier_arrive(used.at[slot(i)])
+        for each in streams:
+            each.wait(i)
+            each.release(i)
 
 
-def stream(count: jax.Array, stages: int, streams: Any) -> None:
-    """Fetches `count` blocks, `stages` of them ahead of whoever uses them. Of each stream: what is copied of a block,
-    as (source, buffers) pairs; and the barriers that say that a buffer is full, and that it was used."""
+def fetch(count: Any, streams: list[tuple[Stream, Any]]) -> None:
+    """Fetches `count` blocks of each stream, ahead of whoever uses them: `copies(i)` are (source, buffers) pairs."""
 
-    def refill(i: jax.Array, copies: Any, full: Any, used: Any) -> None:
-        slot = lax.rem(i, stages)
+    def refill(i: Any, of: Stream, copies: Any) -> None:
+        full, used = of.barriers
 
-        @pl.when(i >= stages)  # to the last: who waits for a barrier has to see all of it
+        @pl.when((i >= of.stages) & (i < count + of.stages))  # who waits for a barrier has to see all of it
         def _() -> None:
-            plgpu.barrier_wait(used.at[slot])
+            plgpu.barrier_wait(used.at[of.slot(i)])
 
         @pl.when(i < count)
         def _() -> None:
             for source, buffers in copies(i):
-                plgpu.copy_gmem_to_smem(source, buffers.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(source, buffers.at[of.slot(i)], full.at[of.slot(i)])
 
-    @pl.loop(0, count + stages)
+    @pl.loop(0, count + max(of.stages for of, _ in streams))
     def _(i: jax.Array) -> None:
         for each in streams:
             refill(i, *each)

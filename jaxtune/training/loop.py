@@ -36,7 +36,7 @@ def run(
     given the batch's facts, and `settle`, by which it has the step's numbers at once, and its own time is not the next
     step's. Of the facts, `sample_ids` are for errors alone. Up to `skips` steps in a row may have a loss or a gradient
     that is not finite; `step` has then to leave the state as it was. `prepare` compiles the step for its arguments."""
-    pending: tuple[int, dict[str, jax.Array], Mapping[str, Any]] | None = None
+    pending: tuple[int, dict[str, Any], Mapping[str, Any]] | None = None
     shapes: set[tuple] = set()
     skipped = 0  # in a row
     clock = time.perf_counter()

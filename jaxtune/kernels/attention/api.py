@@ -60,8 +60,9 @@ def attention(
         return cudnn.attention(q_BTHD, k_BSKD, v_BSKD, pieces_GM=pieces_GM, scale=scale, window=window)
     if chosen == "mosaic_gpu":
         out, lse_BHT = mosaic_gpu.attention(
-            q_BTHD, k_BSKD, v_BSKD, segments_BT=q_segments_BT, scale=scale, window=window, softcap=softcap
-        )
+            q_BTHD, k_BSKD, v_BSKD, segments_BT=q_segments_BT, scale=scale, window=window, softcap=softcap,
+            packed=pieces_GM is not None and pieces_GM.shape[1] > 1,
+        )  # fmt: skip
         return out if sinks_H is None else with_sinks(out, lse_BHT, sinks_H)
     out = reference.attention(
         q_BTHD,

@@ -30,19 +30,21 @@ def gradient_of_queries(
     scale: float,
     softcap: float | None,
     keys: int,
-    stages: int,
+    stages: tuple[int, int],
     interpret: bool = False,
 ) -> jax.Array:
     """[N, H, D]; `delta` is each output's product with its gradient."""
     from jaxtune.kernels.mosaic import (
+        Stream,
+        barriers,
         begin_product,
         computing_and_fetching,
+        fetch,
         finished,
         in_phases,
         pass_by,
         pl,
         plgpu,
-        stream,
         tiled,
         with_sums,
     )
@@ -54,67 +56,61 @@ def gradient_of_queries(
 
     def descend(
         q, k, v, dout, log_sums, delta, first, blocks, dq,
-        q_buffer, dout_buffer, k_buffer, v_buffer, log_sums_buffer, delta_buffer, first_buffer,
-        ready, k_ready, v_ready, k_used, v_used, staging,
+        q_buffer, dout_buffer, k_buffer, v_buffer, numbers, first_buffer,
+        ready, of_keys, of_values, staging,
     ):  # fmt: skip
         head, wg = lax.axis_index("head"), lax.axis_index("warpgroup")
         tile = N // TILE - 1 - lax.axis_index("tile")  # the longest first
         begin, end = blocks[tile * WARPGROUPS, 0], blocks[tile * WARPGROUPS + WARPGROUPS - 1, 3]
-        slot = lambda block: lax.rem(block - begin, stages)
+        keys_in, values_in = streams = [*map(Stream, stages, (of_keys, of_values))]
 
         @pl.when(wg < WARPGROUPS)
         def _compute():
             plgpu.set_max_registers(240, action="increase")
             mine = tile * WARPGROUPS + wg
-            edges = [blocks[mine, i] for i in range(4)]
+            edges = [blocks[mine, i] - begin for i in range(4)]
             base = mine * QUERIES
             rows = pl.ds(base, QUERIES)
             own_q, own_dout = q_buffer.at[wg], dout_buffer.at[wg]
             for source, buffer in (
                 (q.at[rows, head], q_buffer), (dout.at[rows, head], dout_buffer), (first.at[rows], first_buffer),
-                (log_sums.at[head, rows], log_sums_buffer), (delta.at[head, rows], delta_buffer),
+                (log_sums.at[head, rows], numbers.at[0]), (delta.at[head, rows], numbers.at[1]),
             ):  # fmt: skip
                 plgpu.copy_gmem_to_smem(source, buffer.at[wg], ready.at[wg])
             plgpu.barrier_wait(ready.at[wg])
             log_sums_Q, delta_Q, first_Q = (
                 plgpu.load(buffer.at[wg], layout=PER_ROW)
-                for buffer in (log_sums_buffer, delta_buffer, first_buffer)
+                for buffer in (numbers.at[0], numbers.at[1], first_buffer)
             )
 
-            def step(block, dq, masked):
-                here = slot(block)
+            def step(block, total, masked):
                 of_row = lambda each: lax.broadcast_in_dim(each, (QUERIES, keys), [0])
 
                 def body(s, dp):
-                    plgpu.barrier_wait(k_ready.at[here])
-                    begin_product(s, own_q, k_buffer.at[here].transpose((1, 0)))
-                    plgpu.barrier_wait(v_ready.at[here])
-                    begin_product(dp, own_dout, v_buffer.at[here].transpose((1, 0)))
+                    block_k, block_v = k_buffer.at[keys_in.wait(block)], v_buffer.at[values_in.wait(block)]
+                    begin_product(s, own_q, block_k.transpose((1, 0)))
+                    begin_product(dp, own_dout, block_v.transpose((1, 0)))
                     s_QS, slope = capped(finished(s, under_way=1), scale, softcap)
                     p_QS = jnp.exp2(s_QS * to_log2 - of_row(log_sums_Q))
                     if masked:
                         row_Q, column_S = places(p_QS.shape, plgpu)
-                        column_QS = lax.broadcast_in_dim(column_S + block * keys, p_QS.shape, [1])
+                        column_QS = lax.broadcast_in_dim(column_S + (begin + block) * keys, p_QS.shape, [1])
                         visible = (column_QS >= of_row(first_Q)) & (column_QS <= of_row(row_Q + base))
                         p_QS = jnp.where(visible, p_QS, 0.0)
                     ds_QS = p_QS * (finished(dp) - of_row(delta_Q))
-                    plgpu.barrier_arrive(v_used.at[here])
+                    values_in.release(block)
                     ds_QS = ds_QS if slope is None else ds_QS * slope
-                    begin_product(
-                        dq, ds_QS.astype(dtype), k_buffer.at[here], *(each.at[wg] for each in staging)
-                    )
+                    begin_product(total, ds_QS.astype(dtype), block_k, *(each.at[wg] for each in staging))
                     plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(k_used.at[here])
+                    keys_in.release(block)
 
                 with_sums(body, (QUERIES, keys), (QUERIES, keys))
 
-            streams = (k_ready, k_used), (v_ready, v_used)
-
-            def through_keys(dq):
-                pass_by(begin, edges[0], slot, streams)
-                in_phases(functools.partial(step, dq=dq), edges)
-                pass_by(edges[-1], end, slot, streams)
-                return finished(dq)
+            def through_keys(total):
+                pass_by(0, edges[0], streams)
+                in_phases(functools.partial(step, total=total), edges)
+                pass_by(edges[-1], end - begin, streams)
+                return finished(total)
 
             own_q[...] = (with_sums(through_keys, (QUERIES, D)) * scale).astype(dtype)
             plgpu.commit_smem()
@@ -125,23 +121,25 @@ def gradient_of_queries(
         def _fetch():
             plgpu.set_max_registers(24, action="decrease")
             at = lambda i: (pl.ds((begin + i) * keys, keys), lax.div(head, group))
-            of_keys = lambda i: [(k.at[at(i)], k_buffer)]
-            of_values = lambda i: [(v.at[at(i)], v_buffer)]
-            stream(end - begin, stages, [(of_keys, k_ready, k_used), (of_values, v_ready, v_used)])
+            fetch(
+                end - begin,
+                [
+                    (keys_in, lambda i: [(k.at[at(i)], k_buffer)]),
+                    (values_in, lambda i: [(v.at[at(i)], v_buffer)]),
+                ],
+            )
 
     own = tiled((WARPGROUPS, QUERIES, D), dtype)
-    fetched = tiled((stages, keys, D), dtype)
-    number = lambda dtype: plgpu.SMEM((WARPGROUPS, QUERIES), dtype)
     kernel = computing_and_fetching(
         descend,
         WARPGROUPS,
         {"head": H, "tile": N // TILE},
         out_type=q_NHD,
         scratch_types=[
-            own, own, fetched, fetched, number(jnp.float32), number(jnp.float32), number(jnp.int32),
+            own, own, *[tiled((depth, keys, D), dtype) for depth in stages],
+            plgpu.SMEM((2, WARPGROUPS, QUERIES), jnp.float32), plgpu.SMEM((WARPGROUPS, QUERIES), jnp.int32),
             plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=5),
-            *[plgpu.Barrier(num_barriers=stages)] * 2,
-            *[plgpu.Barrier(num_barriers=stages, num_arrivals=WARPGROUPS)] * 2,
+            *[barriers(depth, 1, WARPGROUPS) for depth in stages],
             [tiled((WARPGROUPS, QUERIES, keys), dtype)] if interpret else [],
         ],
         interpret=interpret,
@@ -163,21 +161,23 @@ def gradient_of_keys(
     scale: float,
     softcap: float | None,
     queries: int,
-    stages: int,
+    stages: tuple[int, int],
     of_keys: bool = True,
     of_values: bool = True,
     interpret: bool = False,
 ) -> list[jax.Array]:
     """Of keys and values, [N, K, D] each, or one of them; `queries` in a block."""
     from jaxtune.kernels.mosaic import (
+        Stream,
+        barriers,
         begin_product,
         computing_and_fetching,
+        fetch,
         finished,
         in_phases,
         pass_by,
         pl,
         plgpu,
-        stream,
         tiled,
         with_sums,
     )
@@ -191,18 +191,20 @@ def gradient_of_keys(
     def descend(q, k, v, dout, log_sums, delta, first, blocks, *rest):
         out, rest = rest[:wanted], rest[wanted:]
         (
-            k_buffer, v_buffer, q_buffer, dout_buffer, log_sums_buffer, delta_buffer, first_buffer,
-            ready, q_ready, dout_ready, q_used, dout_used, staging,
+            k_buffer, v_buffer, q_buffer, dout_buffer, numbers, first_buffer,
+            ready, of_queries, of_gradients, staging,
         ) = rest  # fmt: skip
         kv_head, wg, tile = lax.axis_index("kv_head"), lax.axis_index("warpgroup"), lax.axis_index("tile")
         begin, end = blocks[tile * WARPGROUPS, 0], blocks[tile * WARPGROUPS + WARPGROUPS - 1, 3]
         count = end - begin
+        log_sums_buffer, delta_buffer = numbers.at[: stages[0]], numbers.at[stages[0] :]
+        queries_in, gradients_in = streams = [*map(Stream, stages, (of_queries, of_gradients))]
 
         @pl.when(wg < WARPGROUPS)
         def _compute():
             plgpu.set_max_registers(240, action="increase")
             mine = tile * WARPGROUPS + wg
-            edges = [blocks[mine, i] for i in range(4)]
+            edges = [blocks[mine, i] - begin for i in range(4)]
             base = mine * KEYS
             rows = pl.ds(base, KEYS)
             own_k, own_v = k_buffer.at[wg], v_buffer.at[wg]
@@ -211,55 +213,52 @@ def gradient_of_keys(
             plgpu.barrier_wait(ready.at[wg])
             of_wg = [each.at[wg] for each in staging]
 
-            def step(block, member, totals, masked):
-                slot = lax.rem(member * count + block - begin, stages)
-                here = lambda buffer: plgpu.load(buffer.at[slot], layout=PER_COLUMN)
+            def step(block, passed, totals, masked):
+                i = passed + block  # of all heads' blocks
                 of_column = lambda each: lax.broadcast_in_dim(each, (KEYS, queries), [1])
 
                 def body(s, dp):
-                    plgpu.barrier_wait(q_ready.at[slot])
-                    begin_product(s, own_k, q_buffer.at[slot].transpose((1, 0)))
+                    here = queries_in.wait(i)
+                    block_q = q_buffer.at[here]
+                    number = lambda buffer: of_column(plgpu.load(buffer, layout=PER_COLUMN))
+                    begin_product(s, own_k, block_q.transpose((1, 0)))
                     s_SQ, slope = capped(finished(s), scale, softcap)
-                    p_SQ = jnp.exp2(s_SQ * to_log2 - of_column(here(log_sums_buffer)))
+                    p_SQ = jnp.exp2(s_SQ * to_log2 - number(log_sums_buffer.at[here]))
                     if masked:
                         row_S, column_Q = places(p_SQ.shape, plgpu)
                         row_SQ = lax.broadcast_in_dim(row_S + base, p_SQ.shape, [0])
-                        visible = row_SQ >= of_column(here(first_buffer))
-                        visible &= row_SQ <= of_column(column_Q + block * queries)
+                        visible = row_SQ >= number(first_buffer.at[here])
+                        visible &= row_SQ <= of_column(column_Q + (begin + block) * queries)
                         p_SQ = jnp.where(visible, p_SQ, 0.0)
                     weights = lax.optimization_barrier(p_SQ.astype(dtype))
-                    plgpu.barrier_wait(dout_ready.at[slot])
+                    here = gradients_in.wait(i)
+                    block_dout = dout_buffer.at[here]
                     if of_keys:
-                        begin_product(dp, own_v, dout_buffer.at[slot].transpose((1, 0)))
+                        begin_product(dp, own_v, block_dout.transpose((1, 0)))
                     if of_values:
-                        begin_product(totals[-1], weights, dout_buffer.at[slot], *of_wg)
+                        begin_product(totals[-1], weights, block_dout, *of_wg)
                     if of_keys:
                         ds_SQ = p_SQ * (
-                            finished(dp, under_way=int(of_values)) - of_column(here(delta_buffer))
+                            finished(dp, under_way=int(of_values)) - number(delta_buffer.at[here])
                         )
                         ds_SQ = ds_SQ if slope is None else ds_SQ * slope
-                    if of_values:
-                        dv_SD = finished(totals[-1])
-                    if (
-                        of_values and of_keys
-                    ):  # registers that products read are written while none is under way
-                        _, ds_SQ = lax.optimization_barrier((dv_SD, ds_SQ))
-                    plgpu.barrier_arrive(dout_used.at[slot])
-                    if of_keys:
-                        begin_product(totals[0], ds_SQ.astype(dtype), q_buffer.at[slot], *of_wg)
+                    plgpu.wgmma_wait(0)
+                    gradients_in.release(i)
+                    if of_keys:  # registers that products read are written while none is under way
+                        ds_SQ = lax.optimization_barrier(ds_SQ)
+                        begin_product(totals[0], ds_SQ.astype(dtype), block_q, *of_wg)
                         plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(q_used.at[slot])
+                    queries_in.release(i)
 
                 with_sums(body, (KEYS, queries), (KEYS, queries))
 
             def through_heads(*totals):
                 @pl.loop(0, group)
                 def _(member):
-                    slot = lambda block: lax.rem(member * count + block - begin, stages)
-                    streams = (q_ready, q_used), (dout_ready, dout_used)
-                    pass_by(begin, edges[0], slot, streams)
-                    in_phases(functools.partial(step, member=member, totals=totals), edges)
-                    pass_by(edges[-1], end, slot, streams)
+                    passed = member * count
+                    pass_by(passed, passed + edges[0], streams)
+                    in_phases(functools.partial(step, passed=passed, totals=totals), edges)
+                    pass_by(passed + edges[-1], passed + count, streams)
 
                 return [finished(each) for each in totals]
 
@@ -277,13 +276,13 @@ def gradient_of_keys(
         def _fetch():
             plgpu.set_max_registers(24, action="decrease")
 
-            def of_queries(i):
+            def queries_and_numbers(i):
                 head, rows = head_and_rows(i)
                 yield q.at[rows, head], q_buffer
                 yield log_sums.at[head, rows], log_sums_buffer
                 yield first.at[rows], first_buffer
 
-            def of_gradients(i):
+            def gradients_and_numbers(i):
                 head, rows = head_and_rows(i)
                 yield dout.at[rows, head], dout_buffer
                 yield delta.at[head, rows], delta_buffer
@@ -293,24 +292,19 @@ def gradient_of_keys(
                     (begin + lax.rem(i, count)) * queries, queries
                 )
 
-            stream(
-                group * count, stages, [(of_queries, q_ready, q_used), (of_gradients, dout_ready, dout_used)]
-            )
+            fetch(group * count, [(queries_in, queries_and_numbers), (gradients_in, gradients_and_numbers)])
 
     own = tiled((WARPGROUPS, KEYS, D), dtype)
-    fetched = tiled((stages, queries, D), dtype)
-    number = lambda dtype: plgpu.SMEM((stages, queries), dtype)
     kernel = computing_and_fetching(
         descend,
         WARPGROUPS,
         {"kv_head": K, "tile": N // tile_size},
         out_type=[k_NKD] * wanted,
         scratch_types=[
-            own, own, fetched, fetched, number(jnp.float32), number(jnp.float32), number(jnp.int32),
+            own, own, *[tiled((depth, queries, D), dtype) for depth in stages],
+            plgpu.SMEM((sum(stages), queries), jnp.float32), plgpu.SMEM((stages[0], queries), jnp.int32),
             plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=2),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=3),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=2),
-            *[plgpu.Barrier(num_barriers=stages, num_arrivals=WARPGROUPS)] * 2,
+            barriers(stages[0], 3, WARPGROUPS), barriers(stages[1], 2, WARPGROUPS),
             [tiled((WARPGROUPS, KEYS, queries), dtype)] if interpret else [],
         ],
         interpret=interpret,

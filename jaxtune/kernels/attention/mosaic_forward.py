@@ -32,20 +32,22 @@ def forward(
     scale: float,
     softcap: float | None,
     keys: int,
-    stages: int,
+    stages: tuple[int, int],
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Output [N, H, D], and the logarithm to base 2 of each softmax's denominator [H, N], in float32. `keys` in a
-    block, `stages` of them in flight. The scale is positive."""
+    block, `stages` of them, and of those of values, on their way or in use. The scale is positive."""
     from jaxtune.kernels.mosaic import (
+        Stream,
+        barriers,
         begin_product,
         computing_and_fetching,
+        fetch,
         finished,
         in_phases,
         pass_by,
         pl,
         plgpu,
-        stream,
         tiled,
         with_sums,
         zeros,
@@ -59,18 +61,18 @@ def forward(
 
     def attend(
         q, k, v, first, blocks, out, log_sums, q_buffer, k_buffer, v_buffer, log_sums_buffer, first_buffer,
-        q_ready, k_ready, v_ready, k_used, v_used, staging,
+        q_ready, of_keys, of_values, staging,
     ):  # fmt: skip
         head, wg = lax.axis_index("head"), lax.axis_index("warpgroup")
         tile = N // TILE - 1 - lax.axis_index("tile")  # the longest first
         begin, end = blocks[tile * WARPGROUPS, 0], blocks[tile * WARPGROUPS + WARPGROUPS - 1, 3]
-        slot = lambda block: lax.rem(block - begin, stages)
+        keys_in, values_in = streams = [*map(Stream, stages, (of_keys, of_values))]
 
         @pl.when(wg < WARPGROUPS)
         def _compute():
             plgpu.set_max_registers(240, action="increase")
             mine = tile * WARPGROUPS + wg
-            my_begin, whole, part, my_end = (blocks[mine, i] for i in range(4))
+            my_begin, whole, part, my_end = (blocks[mine, i] - begin for i in range(4))
             base = mine * QUERIES
             rows = pl.ds(base, QUERIES)
             own_q, own_log_sums, own_first = q_buffer.at[wg], log_sums_buffer.at[wg], first_buffer.at[wg]
@@ -85,7 +87,7 @@ def forward(
                     return s_QS
                 row_Q, column_S = places(s_QS.shape, plgpu)
                 of_row = lambda each: lax.broadcast_in_dim(each, s_QS.shape, [0])
-                column_QS = lax.broadcast_in_dim(column_S + block * keys, s_QS.shape, [1])
+                column_QS = lax.broadcast_in_dim(column_S + (begin + block) * keys, s_QS.shape, [1])
                 visible = (column_QS >= of_row(first_Q)) & (column_QS <= of_row(row_Q + base))
                 return jnp.where(visible, s_QS, NEVER)
 
@@ -97,57 +99,48 @@ def forward(
                 return p_QS, now_Q, sum_Q, shrink_Q
 
             of_wg = [each.at[wg] for each in staging]
-            streams = (k_ready, k_used), (v_ready, v_used)
 
             def step(block, carry, masked):
                 """The products with the last block's values go on while this block's weights are found."""
                 out_QD, p_QS, most_Q, sum_Q = carry
-                here, last = slot(block), slot(block - 1)
-                plgpu.barrier_wait(k_ready.at[here])
 
                 def body(s, out):
-                    begin_product(s, own_q, k_buffer.at[here].transpose((1, 0)))
-                    plgpu.barrier_wait(v_ready.at[last])
-                    begin_product(out, p_QS, v_buffer.at[last], *of_wg)
+                    begin_product(s, own_q, k_buffer.at[keys_in.wait(block)].transpose((1, 0)))
+                    begin_product(out, p_QS, v_buffer.at[values_in.wait(block - 1)], *of_wg)
                     s_QS = scores(block, masked, finished(s, under_way=1))
-                    plgpu.barrier_arrive(k_used.at[here])
+                    keys_in.release(block)
                     p, now_Q, total_Q, shrink_Q = weights(s_QS, most_Q, sum_Q)
                     # Registers that products read must not be written while others are under way.
                     out_QD, p = lax.optimization_barrier((finished(out), p))
-                    plgpu.barrier_arrive(v_used.at[last])
+                    values_in.release(block - 1)
                     out_QD *= lax.broadcast_in_dim(shrink_Q, out_QD.shape, [0])
                     return out_QD, p.astype(dtype), now_Q, total_Q
 
                 return with_sums(body, (QUERIES, keys), out_QD, interpret=interpret)
 
             def first_block():
-                here = slot(my_begin)
-                plgpu.barrier_wait(k_ready.at[here])
-
                 def body(s):
-                    begin_product(s, own_q, k_buffer.at[here].transpose((1, 0)))
+                    begin_product(s, own_q, k_buffer.at[keys_in.wait(my_begin)].transpose((1, 0)))
                     return scores(my_begin, True, finished(s))
 
                 s_QS = with_sums(body, (QUERIES, keys))
-                plgpu.barrier_arrive(k_used.at[here])
+                keys_in.release(my_begin)
                 none = lambda value: plgpu.layout_cast(jnp.full((QUERIES,), value, jnp.float32), PER_ROW)
                 p, now_Q, total_Q, _ = weights(s_QS, none(LEAST), none(0.0))
                 return zeros(QUERIES, D), p.astype(dtype), now_Q, total_Q
 
-            pass_by(begin, my_begin, slot, streams)
+            pass_by(0, my_begin, streams)
             second = my_begin + 1
             edges = second, jnp.maximum(whole, second), jnp.maximum(part, second), my_end
             out_QD, p_QS, most_Q, sum_Q = in_phases(step, edges, first_block())
-            last = slot(my_end - 1)
-            plgpu.barrier_wait(v_ready.at[last])
 
             def body(out):
-                begin_product(out, p_QS, v_buffer.at[last], *of_wg)
+                begin_product(out, p_QS, v_buffer.at[values_in.wait(my_end - 1)], *of_wg)
                 return finished(out)
 
             out_QD = with_sums(body, out_QD, interpret=interpret)
-            plgpu.barrier_arrive(v_used.at[last])
-            pass_by(my_end, end, slot, streams)
+            values_in.release(my_end - 1)
+            pass_by(my_end, end - begin, streams)
             sum_Q = jnp.maximum(sum_Q, 1e-30)
             own_q[...] = (out_QD / lax.broadcast_in_dim(sum_Q, out_QD.shape, [0])).astype(dtype)
             own_log_sums[...] = most_Q + jnp.log2(sum_Q)
@@ -160,9 +153,13 @@ def forward(
         def _fetch():
             plgpu.set_max_registers(24, action="decrease")
             at = lambda i: (pl.ds((begin + i) * keys, keys), lax.div(head, group))
-            of_keys = lambda i: [(k.at[at(i)], k_buffer)]
-            of_values = lambda i: [(v.at[at(i)], v_buffer)]
-            stream(end - begin, stages, [(of_keys, k_ready, k_used), (of_values, v_ready, v_used)])
+            fetch(
+                end - begin,
+                [
+                    (keys_in, lambda i: [(k.at[at(i)], k_buffer)]),
+                    (values_in, lambda i: [(v.at[at(i)], v_buffer)]),
+                ],
+            )
 
     kernel = computing_and_fetching(
         attend,
@@ -171,15 +168,11 @@ def forward(
         out_type=(q_NHD, jax.ShapeDtypeStruct((H, N), jnp.float32)),
         scratch_types=[
             tiled((WARPGROUPS, QUERIES, D), dtype),
-            tiled((stages, keys, D), dtype),
-            tiled((stages, keys, D), dtype),
+            *[tiled((depth, keys, D), dtype) for depth in stages],
             plgpu.SMEM((WARPGROUPS, QUERIES), jnp.float32),
             plgpu.SMEM((WARPGROUPS, QUERIES), jnp.int32),
             plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=2),
-            plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=WARPGROUPS),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=WARPGROUPS),
+            *[barriers(depth, 1, WARPGROUPS) for depth in stages],
             [tiled((WARPGROUPS, QUERIES, keys), dtype)] if interpret else [],
         ],
         interpret=interpret,
@@ -200,7 +193,7 @@ def capped(products: jax.Array, scale: float, softcap: float | None) -> tuple[ja
     return within, 1 - within * within
 
 
-def places(shape: tuple[int, int], plgpu: Any) -> tuple[jax.Array, jax.Array]:
+def places(shape: tuple[int, ...], plgpu: Any) -> tuple[jax.Array, jax.Array]:
     """The numbers of the rows, and of the columns, of a matrix in registers."""
     row, column = (
         plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=plgpu.Layout.WGMMA.reduce(1 - axis))

@@ -25,20 +25,30 @@ SIZES = (64, 96, 128, 256)
 class Form(NamedTuple):
     scale: float
     softcap: float | None
+    blocks: "Blocks"
     interpret: bool
+
+    def settings(self) -> dict[str, Any]:
+        return {"scale": self.scale, "softcap": self.softcap, "interpret": self.interpret}
+
+
+Size = tuple[int, tuple[int, int]]
+"""Of a block, and how many there may be of what is read first, and of what is read in the middle."""
 
 
 class Blocks(NamedTuple):
-    """Of one size of a head: keys or queries that are fetched at a time, and how many such blocks are under way."""
+    """What is fetched at a time, as it was fastest on an H100."""
 
-    forward: tuple[int, int]
-    of_queries: tuple[int, int]
-    of_keys: tuple[int, int]
+    forward: Size
+    of_queries: Size
+    of_keys: Size
 
 
-SMALL = Blocks((128, 2), (64, 2), (64, 2))
-LARGE = Blocks((64, 2), (64, 1), (64, 1))
-"""For heads of 256, of which shared memory and registers hold less."""
+def blocks(size: int, packed: bool) -> Blocks:
+    """For heads of this size. Of 256, shared memory holds less; where segments are short, so should blocks be."""
+    if size > 128:
+        return Blocks((64, (2, 2)), (64, (2, 1)), (64, (2, 1)))
+    return Blocks((64, (3, 3)) if packed else (128, (2, 2)), (64, (2, 2)), (64, (3, 3)))
 
 
 def why_not(q_BTHD: jax.Array, pieces_GM: jax.Array | None) -> str | None:
@@ -61,18 +71,18 @@ def attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    packed: bool = True,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The output, and [B, H, T] the logarithm of each softmax's denominator, in float32; both mean nothing where a
-    query is padding (0 in `segments`). Each segment is one stretch of its row."""
+    query is padding (0 in `segments`). Each segment is one stretch of its row, `packed` with others or not."""
     B, T = segments_BT.shape
     rest = -T % TILE  # a block that began in one row and ended in the next would carry NaN across
     pad = lambda x: jnp.pad(x, [(0, 0), (0, rest)] + [(0, 0)] * (x.ndim - 2)) if rest else x
     q, k, v, segments = (pad(x) for x in (q_BTHD, k_BTKD, v_BTKD, segments_BT))
     flat = lambda x: x.reshape(-1, *x.shape[2:])
-    out, lse = _attend(
-        flat(q), flat(k), flat(v), intervals(segments, window), Form(scale, softcap, interpret)
-    )
+    form = Form(scale, softcap, blocks(q.shape[-1], packed), interpret)
+    out, lse = _attend(flat(q), flat(k), flat(v), intervals(segments, window), form)
     lse_BHT = jnp.moveaxis(lse.reshape(-1, B, T + rest), 1, 0)
     return out.reshape(q.shape)[:, :T], lse_BHT[:, :, :T]
 
@@ -83,8 +93,8 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: Intervals, form: For
 
 
 def _forward(q, k, v, seen, form):
-    keys, stages = _blocks(q).forward
-    out, log_sums = mosaic_forward.forward(q, k, v, seen, **form._asdict(), keys=keys, stages=stages)
+    keys, stages = form.blocks.forward
+    out, log_sums = mosaic_forward.forward(q, k, v, seen, **form.settings(), keys=keys, stages=stages)
     out, log_sums = checkpoint_name(out, OUTPUT), checkpoint_name(log_sums, STATISTICS)
     return (out, log_sums * math.log(2)), (q, k, v, seen, out, log_sums)
 
@@ -95,12 +105,12 @@ def _backward(form, kept, gradients):
     # The gradient of the denominators' logarithm is spread over the scores as the weights are.
     delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(axis=-1).T - dlse
     given = (q, k, v, dout, log_sums, delta, seen)
-    blocks, of_form = _blocks(q), form._asdict()
+    blocks, settings = form.blocks, form.settings()
     keys, stages = blocks.of_queries
-    dq = mosaic_backward.gradient_of_queries(*given, **of_form, keys=keys, stages=stages)
+    dq = mosaic_backward.gradient_of_queries(*given, **settings, keys=keys, stages=stages)
     queries, stages = blocks.of_keys
     of_keys = functools.partial(
-        mosaic_backward.gradient_of_keys, *given, **of_form, queries=queries, stages=stages
+        mosaic_backward.gradient_of_keys, *given, **settings, queries=queries, stages=stages
     )
     if q.shape[-1] <= 128:
         dk, dv = of_keys()
@@ -110,7 +120,3 @@ def _backward(form, kept, gradients):
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def _blocks(q: jax.Array) -> Blocks:
-    return SMALL if q.shape[-1] <= 128 else LARGE
