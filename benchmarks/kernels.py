@@ -209,37 +209,61 @@ def cross_entropy(c: ModelConfig, s: Scale) -> Iterable[Case]:
                    moved=nbytes((inputs[:2], inputs[0])), flops=2 * one, product=two_products, **shared)  # fmt: skip
 
 
+def lognormal(count: int, total: int, sigma: float = 0.5) -> list[int]:
+    """So many lengths, drawn log-normally, of this sum."""
+    drawn = np.random.default_rng(0).lognormal(0, sigma, count)
+    ends = np.round(np.cumsum(drawn) / drawn.sum() * total).astype(int)
+    return np.diff(ends, prepend=0).tolist()
+
+
 def causal_attention(c: ModelConfig, s: Scale) -> Iterable[Case]:
-    def forward(q, k, v, dout, segments, positions, pieces, *, implementation):
+    tokens = s.rows * s.length
+
+    def case(what, rows, *, backward=True, window=None, softcap=None):
+        """`rows` of segments; the flops are of the scores that are needed."""
+        of = functools.partial(attend, window=window, softcap=softcap)
+
+        def both(q, k, v, dout, *where, implementation):
+            out, pull = jax.vjp(lambda *qkv: of(*qkv, *where, implementation=implementation), q, k, v)
+            return out, pull(dout)
+
+        def forward(q, k, v, dout, *where, implementation):
+            return of(q, k, v, *where, implementation=implementation)
+
+        length = sum(rows[0])
+        q, k = (bf16(len(rows), length, heads, c.head_dim) for heads in (c.num_heads, c.num_kv_heads))
+        segments, positions = (
+            np.array([np.concatenate([each(i, n) for i, n in enumerate(row)]) for row in rows], np.int32)
+            for each in (lambda i, n: np.full(n, i + 1), lambda i, n: np.arange(n))
+        )
+        pieces = piece_lengths(rows, Shape(1, len(rows), length))[0]
+        seen = sum(sum(min(i + 1, window or n) for i in range(n)) for row in rows for n in row)
+        function, products = (both, 7) if backward else (forward, 2)
+        return Case(
+            f"{'forward and backward' if backward else 'forward'}, {what}", (q, k, k, q),
+            each(attention_api.IMPLEMENTATIONS, function),
+            moved=nbytes((q, k, k, q)) * (2 if backward else 1),
+            flops=2 * products * seen * c.num_heads * c.head_dim, given=(segments, positions, pieces),
+        )  # fmt: skip
+
+    def attend(q, k, v, segments, positions, pieces, *, window, softcap, implementation):
         return attention(
             q, k, v, q_segments_BT=segments, kv_segments_BS=segments, q_positions_BT=positions,
-            kv_positions_BS=positions, pieces_GM=pieces, scale=c.attention_scale, implementation=implementation,
+            kv_positions_BS=positions, pieces_GM=pieces, scale=c.attention_scale, window=window, softcap=softcap,
+            implementation=implementation,
         )  # fmt: skip
 
-    def both(q, k, v, dout, *where, implementation):
-        attend = lambda q, k, v: forward(q, k, v, dout, *where, implementation=implementation)
-        out, pull = jax.vjp(attend, q, k, v)
-        return out, pull(dout)
-
-    def case(what, function, rows, length, segment, products):
-        """`products` of the size of queries by keys, of whose entries the causal half is needed."""
-        parts = length // segment
-        q, k = bf16(rows, length, c.num_heads, c.head_dim), bf16(rows, length, c.num_kv_heads, c.head_dim)
-        segments = np.tile(np.repeat(np.arange(1, parts + 1), segment), (rows, 1)).astype(np.int32)
-        positions = np.tile(np.arange(segment), (rows, parts)).astype(np.int32)
-        pieces = piece_lengths([[segment] * parts] * rows, Shape(1, rows, length))[0]
-        size = f"{rows} x {length}, {c.num_heads} on {c.num_kv_heads} heads of {c.head_dim}"
-        layout = "" if parts == 1 else f", packed by {segment}"
-        return Case(
-            f"{what}, {size}{layout}", (q, k, k, q), each(attention_api.IMPLEMENTATIONS, function),
-            moved=nbytes((q, k, k, q)) * (1 if products == 2 else 2),
-            flops=products * rows * length * segment * c.num_heads * c.head_dim,
-            given=(segments, positions, pieces),
-        )  # fmt: skip
-
-    yield case("forward", forward, s.rows, s.length, s.length, 2)
-    yield case("forward and backward", both, s.rows, s.length, s.length, 7)
-    yield case("forward and backward", both, 1, s.rows * s.length, s.segment, 7)
+    heads = f"{c.num_heads} on {c.num_kv_heads} heads of {c.head_dim}"
+    dense, one = [[s.length]] * s.rows, [[tokens]]
+    window, segments = tokens // 16, tokens // s.segment
+    yield case(f"{s.rows} x {s.length}, {heads}", dense, backward=False)
+    yield case(f"{s.rows} x {s.length}, {heads}", dense)
+    yield case(f"{2 * s.rows} x {s.length // 2}", [[s.length // 2]] * (2 * s.rows))
+    yield case(f"1 x {tokens}", one)
+    yield case(f"1 x {tokens}, packed by {s.segment}", [[s.segment] * segments])
+    yield case(f"1 x {tokens}, packed, {s.segment} on average", [lognormal(segments, tokens)])
+    yield case(f"1 x {tokens}, a window of {window}", one, window=window)
+    yield case(f"{s.rows} x {s.length}, a softcap", dense, softcap=50.0)
 
 
 def elementwise(forward: Callable, what: str, inputs: Any, outputs: Any, weights: Any = ()) -> Iterable[Case]:

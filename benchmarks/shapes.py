@@ -28,6 +28,12 @@ SHAPES = {
         rms_norm_eps=1e-5, tie_word_embeddings=True, layers=(LayerKind(),) * 16,
         ropes=(dataclasses.replace(LLAMA3_ROPE, factor=32.0),), max_position=131072,
     ),
+    "gemma-2-9b": ModelConfig(
+        vocab_size=256000, hidden_size=3584, intermediate_size=14336, num_heads=16, num_kv_heads=8, head_dim=256,
+        rms_norm_eps=1e-6, tie_word_embeddings=True, layers=(LayerKind(window=4096), LayerKind()) * 21,
+        ropes=(RopeConfig(theta=1e4),), max_position=8192, activation="gelu_tanh", norms="both", norm_adds_one=True,
+        norm_rounds_last=True, attention_softcap=50.0, embedding_multiplier=3584**0.5, logit_softcap=30.0,
+    ),
     "tiny": ModelConfig(
         vocab_size=512, hidden_size=128, intermediate_size=256, num_heads=4, num_kv_heads=2, head_dim=32,
         rms_norm_eps=1e-5, tie_word_embeddings=False, layers=(LayerKind(),) * 2, ropes=(LLAMA3_ROPE,),

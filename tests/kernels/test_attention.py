@@ -106,7 +106,7 @@ def test_blocks_keep_no_scores():
     def loss(q, k, v, block):
         return reference.attention(
             q, k, v, q_segments_BT=where[0], kv_segments_BS=where[0], q_positions_BT=where[1],
-            kv_positions_BS=where[1], scale=0.3, window=None, softcap=None, block=block,
+            kv_positions_BS=where[1], scale=0.3, window=None, softcap=None, sinks_H=None, block=block,
         ).sum()  # fmt: skip
 
     def temporary(block):

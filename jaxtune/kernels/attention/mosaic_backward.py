@@ -18,6 +18,7 @@ KEYS = 64
 """Of a warpgroup that goes through queries."""
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "softcap", "keys", "stages", "interpret"))
 def gradient_of_queries(
     q_NHD: jax.Array,
     k_NKD: jax.Array,
@@ -97,9 +98,9 @@ def gradient_of_queries(
                         column_QS = lax.broadcast_in_dim(column_S + (begin + block) * keys, p_QS.shape, [1])
                         visible = (column_QS >= of_row(first_Q)) & (column_QS <= of_row(row_Q + base))
                         p_QS = jnp.where(visible, p_QS, 0.0)
+                    p_QS = p_QS if slope is None else p_QS * slope
                     ds_QS = p_QS * (finished(dp) - of_row(delta_Q))
                     values_in.release(block)
-                    ds_QS = ds_QS if slope is None else ds_QS * slope
                     begin_product(total, ds_QS.astype(dtype), block_k, *(each.at[wg] for each in staging))
                     plgpu.wgmma_wait(0)
                     keys_in.release(block)
@@ -149,6 +150,9 @@ def gradient_of_queries(
     )
 
 
+@functools.partial(
+    jax.jit, static_argnames=("scale", "softcap", "queries", "stages", "of_keys", "of_values", "interpret")
+)
 def gradient_of_keys(
     q_NHD: jax.Array,
     k_NKD: jax.Array,
@@ -231,6 +235,7 @@ def gradient_of_keys(
                         visible &= row_SQ <= of_column(column_Q + (begin + block) * queries)
                         p_SQ = jnp.where(visible, p_SQ, 0.0)
                     weights = lax.optimization_barrier(p_SQ.astype(dtype))
+                    p_SQ = p_SQ if slope is None else p_SQ * slope
                     here = gradients_in.wait(i)
                     block_dout = dout_buffer.at[here]
                     if of_keys:
@@ -241,7 +246,6 @@ def gradient_of_keys(
                         ds_SQ = p_SQ * (
                             finished(dp, under_way=int(of_values)) - number(delta_buffer.at[here])
                         )
-                        ds_SQ = ds_SQ if slope is None else ds_SQ * slope
                     plgpu.wgmma_wait(0)
                     gradients_in.release(i)
                     if of_keys:  # registers that products read are written while none is under way

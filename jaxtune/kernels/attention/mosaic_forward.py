@@ -4,6 +4,7 @@ fetches keys and values, a block ahead. Scores stay in registers; the softmax is
 Shapes: N tokens of all rows, H heads, K key/value heads, D head size; Q queries of a warpgroup, S keys of a block.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -23,6 +24,7 @@ NEVER, LEAST = -1e30, -1e20
 that rows without any key have weights of zero, and no NaN."""
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "softcap", "keys", "stages", "interpret"))
 def forward(
     q_NHD: jax.Array,
     k_NKD: jax.Array,
@@ -36,7 +38,8 @@ def forward(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Output [N, H, D], and the logarithm to base 2 of each softmax's denominator [H, N], in float32. `keys` in a
-    block, `stages` of them, and of those of values, on their way or in use. The scale is positive."""
+    block, `stages` of them, and of those of values, on their way or in use. The scale is positive. (Compiled by itself,
+    so that all layers share it.)"""
     from jaxtune.kernels.mosaic import (
         Stream,
         barriers,
@@ -142,7 +145,7 @@ def forward(
             values_in.release(my_end - 1)
             pass_by(my_end, end - begin, streams)
             sum_Q = jnp.maximum(sum_Q, 1e-30)
-            own_q[...] = (out_QD / lax.broadcast_in_dim(sum_Q, out_QD.shape, [0])).astype(dtype)
+            own_q[...] = (out_QD * lax.broadcast_in_dim(1 / sum_Q, out_QD.shape, [0])).astype(dtype)
             own_log_sums[...] = most_Q + jnp.log2(sum_Q)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own_q, out.at[rows, head])
