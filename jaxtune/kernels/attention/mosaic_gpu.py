@@ -45,10 +45,12 @@ class Blocks(NamedTuple):
 
 
 def blocks(size: int, packed: bool) -> Blocks:
-    """For heads of this size. Of 256, shared memory holds less; where segments are short, so should blocks be."""
+    """For heads of this size. Of 256, shared memory holds less."""
     if size > 128:
         return Blocks((64, (2, 2)), (64, (2, 1)), (64, (2, 1)))
-    return Blocks((64, (3, 3)) if packed else (128, (2, 2)), (64, (2, 2)), (64, (3, 3)))
+    if packed:
+        return Blocks((64, (3, 3)), (64, (2, 2)), (64, (3, 3)))
+    return Blocks((128, (2, 2)), (64, (2, 2)), (64, (2, 2)))
 
 
 def why_not(q_BTHD: jax.Array, pieces_GM: jax.Array | None) -> str | None:
