@@ -8,15 +8,15 @@ def rms(x) -> float:
     return float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
 
 
-def relative_rms(ours, theirs) -> float:
-    """|ours - theirs| / |theirs| in root mean square; NaN on either side never compares as small."""
+def relative_rms(ours, theirs, least: float = 1e-30) -> float:
+    """|ours - theirs| / |theirs| in root mean square, of at least `least`; NaN on either side never compares as small."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape, f"{ours.shape} against {theirs.shape}"
-    return rms(ours - theirs) / max(rms(theirs), 1e-30)
+    return rms(ours - theirs) / max(rms(theirs), least)
 
 
-def assert_close(ours, theirs, tolerance: float, what: str = "result") -> None:
-    distance = relative_rms(ours, theirs)
+def assert_close(ours, theirs, tolerance: float, what: str = "result", least: float = 1e-30) -> None:
+    distance = relative_rms(ours, theirs, least)
     assert distance <= tolerance, f"{what}: relative RMS {distance:.3g} > {tolerance:g}"
 
 
