@@ -9,7 +9,8 @@ def rms(x) -> float:
 
 
 def relative_rms(ours, theirs, least: float = 1e-30) -> float:
-    """|ours - theirs| / |theirs| in root mean square, of at least `least`; NaN on either side never compares as small."""
+    """|ours - theirs| / |theirs| in root mean square, of which the latter counts as `least` at the least; NaN on either
+    side never compares as small."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape, f"{ours.shape} against {theirs.shape}"
     return rms(ours - theirs) / max(rms(theirs), least)

@@ -11,6 +11,10 @@ from jaxtune.kernels.choice import Candidates, choose
 BLOCK = 512
 """Queries at a time on the XLA path: 4 rows x 4096 keys x 32 heads keep 1 GiB of float32 scores."""
 
+OURS_UP_TO = {96: 4096, 128: 2048}
+"""By the head's size, the longest row of one segment at which our kernels were faster than cuDNN on an H100, of 2048,
+4096 and 16384 tokens (docs/kernels.md). They are faster in packed rows, and in windows of heads of up to 128."""
+
 NAME = "attention"
 IMPLEMENTATIONS: Candidates = {"cudnn": cudnn.why_not_here, "mosaic_gpu": gpu.why_not_mosaic, "xla": None}
 """By what the machine has; a case may ask for more, and for another order."""
@@ -54,7 +58,9 @@ def attention(
         "mosaic_gpu": lambda: gpu.why_not_mosaic() or mosaic_gpu.why_not(q_BTHD, pieces_GM),
         "xla": None,
     }
-    chosen = choose(NAME, implementation, {name: why_not[name] for name in _fastest_first(pieces_GM, window)})
+    chosen = choose(
+        NAME, implementation, {name: why_not[name] for name in _fastest_first(q_BTHD, pieces_GM, window)}
+    )
     if chosen == "cudnn":
         assert pieces_GM is not None
         return cudnn.attention(q_BTHD, k_BSKD, v_BSKD, pieces_GM=pieces_GM, scale=scale, window=window)
@@ -81,11 +87,12 @@ def attention(
     return checkpoint_name(out, cudnn.OUTPUT)
 
 
-def _fastest_first(pieces_GM: jax.Array | None, window: int | None) -> tuple[str, ...]:
-    """As measured on an H100 (docs/kernels.md). Where a query sees a whole row, cuDNN is ahead, or close, and lowered
-    sooner."""
-    sees_rows = pieces_GM is not None and pieces_GM.shape[1] == 1 and window is None
-    return ("cudnn", "mosaic_gpu", "xla") if sees_rows else ("mosaic_gpu", "cudnn", "xla")
+def _fastest_first(q_BTHD: jax.Array, pieces_GM: jax.Array | None, window: int | None) -> tuple[str, ...]:
+    _, length, _, size = q_BTHD.shape
+    packed = pieces_GM is None or pieces_GM.shape[1] > 1
+    windowed = window is not None and size <= 128
+    ours = packed or windowed or length <= OURS_UP_TO.get(size, 0)
+    return ("mosaic_gpu", "cudnn", "xla") if ours else ("cudnn", "mosaic_gpu", "xla")
 
 
 def with_sinks(out_BTHD: jax.Array, lse_BHT: jax.Array, sinks_H: jax.Array) -> jax.Array:
