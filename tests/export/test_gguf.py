@@ -7,10 +7,13 @@ import pytest
 
 from jaxtune import get_chat_template
 from jaxtune.export.gguf import tensors
+from jaxtune.export.gguf.mixtures import MIXTURES, tensor_types
+from jaxtune.export.gguf.quants import encode
 from jaxtune.loading.checkpoint import Checkpoint
 from tests.export.adapted import IDS, Adapted
 from tests.export.byte_level import NASTY, SPECIALS, VOCAB, byte_level
 from tests.export.llama_cpp import LlamaCpp
+from tests.export.test_gguf_quants import ERROR
 from tests.kit import models
 from tests.kit.compare import relative_rms
 
@@ -155,19 +158,62 @@ def test_the_gguf_package_reads_it(llama_3, tmp_path):
     assert read["llama.context_length"] == config.max_position
 
 
-@pytest.mark.parametrize("method", ["f16", "bf16", "q8_0"])
-def test_tensor_types_and_bytes_are_those_of_the_gguf_package(llama_3, tmp_path, method):
-    full, other = llama_3.save_gguf(tmp_path / "out", ["f32", method])
-    kind = gguf.GGMLQuantizationType[method.upper()]
-    exact = {tensor.name: tensor for tensor in gguf.GGUFReader(full).tensors}
-    for tensor in gguf.GGUFReader(other).tensors:
-        is_matrix = len(exact[tensor.name].shape) == 2
-        assert tensor.tensor_type == (kind if is_matrix else gguf.GGMLQuantizationType.F32)
-        shape = tuple(exact[tensor.name].shape)[::-1]
-        values = exact[tensor.name].data.reshape(shape)
-        reference = gguf.quants.quantize(values, tensor.tensor_type)
-        assert tensor.data.tobytes() == reference.tobytes(), tensor.name
-    assert fields(other)["general.file_type"] == gguf.LlamaFileType[f"MOSTLY_{method.upper()}"]
+@pytest.fixture(scope="module")
+def wide_llama(tmp_path_factory):
+    """Wide enough for blocks of 256."""
+    wide = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 32, "num_hidden_layers": 4}
+    return Adapted(tmp_path_factory.mktemp("wide"), **wide)
+
+
+@pytest.fixture(scope="module")
+def every_file(wide_llama, tmp_path_factory):
+    """By method."""
+    files = wide_llama.save_gguf(tmp_path_factory.mktemp("gguf") / "out", list(MIXTURES))
+    return dict(zip(MIXTURES, files, strict=True))
+
+
+@pytest.mark.parametrize("method", MIXTURES)
+def test_a_file_holds_the_merged_weights_in_the_types_of_its_method(wide_llama, every_file, method):
+    exact = {tensor.name: tensor for tensor in gguf.GGUFReader(every_file["f32"]).tensors}
+    shapes = {name: tuple(tensor.shape[::-1].tolist()) for name, tensor in exact.items()}
+    types = tensor_types(method, shapes, tensors.layout(wide_llama.model.causal_lm.config))
+    reader = gguf.GGUFReader(every_file[method])
+    assert {tensor.name: tensor.tensor_type for tensor in reader.tensors} == types
+    for tensor in reader.tensors:
+        values = exact[tensor.name].data.reshape(shapes[tensor.name])
+        assert tensor.data.tobytes() == encode(values, types[tensor.name], tensor.name).tobytes(), tensor.name
+        back = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(values.shape)
+        assert relative_rms(back, values) <= 1.06 * ERROR.get(types[tensor.name].name, 4e-3), tensor.name
+    assert fields(every_file[method])["general.file_type"] == MIXTURES[method].file_type
+
+
+FAR = {
+    "bf16": 0.05, "f16": 0.005, "q8_0": 0.1, "q6_k": 0.15, "q5_0": 0.4, "q5_1": 0.4, "q5_k_s": 0.4, "q5_k_m": 0.4,
+    "q2_k": 1.3, "q2_k_l": 1.3, "q3_k_s": 1.0, "q3_k_m": 0.9, "q3_k_l": 0.9,
+}  # fmt: skip
+"""From the merged logits; of four bits at most 0.7. These are random weights: trained ones lose far less."""
+
+
+@pytest.mark.parametrize("method", MIXTURES)
+def test_llama_cpp_runs_every_method(wide_llama, every_file, method):
+    assert distance(wide_llama, every_file[method]) < FAR.get(method, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("asked", "written"),
+    [
+        ("quantized", "Q4_K_M"),
+        ("q4_k", "Q4_K_M"),
+        ("q5_k", "Q5_K_M"),
+        ("q3_k_xs", "Q3_K_S"),
+        (None, "Q8_0"),
+        (["q3_k_s", "q3_k_xs", "q3_k"], "Q3_K_S Q3_K_M"),
+    ],
+)
+def test_other_names_of_methods(tmp_path, asked, written):
+    adapted = Adapted(tmp_path, adapter=False, num_hidden_layers=1)
+    made = adapted.save_gguf(tmp_path / "out", asked)
+    assert [path.name for path in made] == [f"Tiny-Llama.{method}.gguf" for method in written.split()]
 
 
 @pytest.mark.parametrize(("stored", "method"), [("bfloat16", "BF16"), ("float16", "F16"), ("float32", "F16")])
