@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxtune.errors import OptionError, nearest
 from jaxtune.export.gguf import tensors
+from jaxtune.export.gguf.imatrix import Importance, for_tensor, read_imatrix
 from jaxtune.export.gguf.mixtures import MIXTURES
 from jaxtune.export.gguf.quants import encode
 from jaxtune.export.gguf.vocab import vocabulary
@@ -58,10 +59,14 @@ def save_gguf(
     name: str,
     quantization_method: str | Sequence[str] | None = "fast_quantized",
     own: Mapping[str, Weight] | None = None,
+    imatrix_file: str | Path | None = None,
 ) -> list[Path]:
     """Writes `<folder>_gguf/`: a file for each method, and a Modelfile for the first. `name` is what the model is
-    called: its hub id, say, of which files take the last part. Gives the paths of the files."""
+    called: its hub id, say, of which files take the last part. Gives the paths of the files.
+
+    `imatrix_file` is what llama-imatrix measured with this model; quantised types then keep what matters most."""
     given = check_methods(quantization_method)
+    importance = {} if imatrix_file is None else read_imatrix(imatrix_file)
     tensors.require_llama(config)
     folder = Path(f"{named(folder)}_gguf")
     title = Path(name).name or "model"
@@ -75,7 +80,7 @@ def save_gguf(
         names = tensors.gguf_names(config, merged.names, base)
         with staged(folder, marker=MODELFILE) as stage:
             for file, method in zip(files, methods, strict=True):
-                _write(stage / file, merged, config, names, words, method, title)
+                _write(stage / file, merged, config, names, words, method, title, importance)
             (stage / MODELFILE).write_text(modelfile(files[0], tokenizer), encoding="utf-8")
     return [folder / file for file in files]
 
@@ -125,6 +130,7 @@ def _write(
     words: dict[str, Any],
     method: str,
     title: str,
+    importance: Importance,
 ) -> None:
     shapes = {name: merged.shape(source) for name, source in names.items()}
     metadata = {
@@ -137,13 +143,13 @@ def _write(
         **tensors.settings(config),
         **words,
     }
-    infos = list(tensors.file_tensors(config, shapes, method))
+    infos = list(tensors.file_tensors(config, shapes, method, weighted=bool(importance)))
 
     def encoded(info: TensorInfo) -> np.ndarray:
         if info.name == tensors.ROPE_FACTORS:
             return encode(tensors.rope_factors(config), info.type, info.name)
         array = tensors.reorder(config, info.name, merged.read(names[info.name]))
-        return encode(array, info.type, info.name)
+        return encode(array, info.type, info.name, for_tensor(importance, info.name, info.shape))
 
     write_gguf(path, metadata, infos, encoded)
 

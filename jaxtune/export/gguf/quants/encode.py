@@ -4,6 +4,9 @@ The bytes are those of llama.cpp's `ggml_quantize_chunk`, for every block: its a
 float32 and in its order of additions.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 
 from jaxtune.errors import OptionError
@@ -14,6 +17,8 @@ from jaxtune.export.gguf.quants.types import TensorType, nbytes
 _CHUNK = 1 << 18
 """Numbers that are converted at once, whole rows: enough to make numpy's calls worth their while, few enough for the
 temporaries to stay in a cache."""
+_THREADS = 8
+"""numpy lets others run while it computes."""
 
 
 def encode(
@@ -21,24 +26,31 @@ def encode(
 ) -> np.ndarray:
     """Any float array -> its bytes as uint8. A value that the type cannot hold raises, with the tensor's `name`.
 
-    `importance`, one positive number for each column, says how much errors there count: an importance matrix's row."""
+    `importance` says how much the errors of a column count: [columns], or [experts, columns] for stacked experts."""
+    if importance is not None and importance.ndim == 2:
+        experts = zip(array, importance, strict=True)
+        return np.concatenate([encode(expert, type, name, columns) for expert, columns in experts])
     rows = array.reshape(-1, array.shape[-1])
     out = np.empty((len(rows), nbytes(rows.shape[1:], type)), np.uint8)
     step = max(1, _CHUNK // rows.shape[1])
-    for start in range(0, len(rows), step):
+
+    def convert(start: int) -> None:
         chunk = rows[start : start + step].astype(np.float32)
         try:
             with np.errstate(all="ignore"):  # what comes of it is dealt with where it matters
                 if not np.isfinite(chunk).all():
                     raise DoesNotFit
-                done = _QUANTISERS[type](chunk, importance)
+                out[start : start + step] = _QUANTISERS[type](chunk, importance).reshape(len(chunk), -1)
         except DoesNotFit:
             raise OptionError(
                 f"{name} holds values that {type.name} cannot: its largest is {np.abs(chunk).max():g}.",
                 expected="values, and where there are scales, scales within float16's 65504.",
                 fix='Use quantization_method="bf16" or "f32".',
             ) from None
-        out[start : start + step] = done.reshape(len(chunk), -1)
+
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
+        for _ in threads.map(convert, range(0, len(rows), step)):
+            pass  # what was raised there is raised here
     return out.reshape(-1)
 
 
