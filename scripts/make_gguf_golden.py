@@ -20,7 +20,8 @@ import numpy as np
 
 from tests.export import gguf_cases
 
-TYPES = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
+TYPES = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ3_S IQ4_NL IQ4_XS".split()
+WEIGHTED_ONLY = "IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS".split()
 
 
 def ggml() -> ctypes.CDLL:
@@ -96,11 +97,16 @@ def main() -> None:
     library = ggml()
     inputs = gguf_cases.rows()
     blocks = {f"input/{name}": gguf_cases.digests(rows) for name, rows in inputs.items()}
-    for kind in TYPES:
-        for weights, importance in gguf_cases.importance().items():
+    columns = gguf_cases.importance()
+    for kind in [*TYPES, *WEIGHTED_ONLY]:
+        for weights, importance in columns.items():
+            if kind in WEIGHTED_ONLY and importance is None:
+                continue
             made = [quantized(library, rows, kind, importance) for rows in inputs.values()]
             blocks[f"{kind}/{weights}"] = np.concatenate([gguf_cases.digests(rows) for rows in made])
-        rows = quantized(library, gguf_cases.huge(), kind, None)
+        rows = quantized(
+            library, gguf_cases.huge(), kind, columns["weighted"] if kind in WEIGHTED_ONLY else None
+        )
         held = [
             library.ggml_validate_row_data(gguf.GGMLQuantizationType[kind], row.ctypes.data, len(row))
             for row in rows

@@ -135,8 +135,9 @@ MODELS = {
     "rows of no blocks": Model("llama", 16, 4, 4, width=80, hidden=144),
     "only the MLP's rows of blocks of 32": Model("llama", 16, 8, 2, width=512, hidden=1056),
 }
-_KNOWN_THERE = (
-    "q8_0 q4_0 q4_1 q5_0 q5_1 q2_k q3_k_s q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m q6_k iq4_nl iq4_xs"
+_PLAIN = (
+    "q8_0 q4_0 q4_1 q5_0 q5_1 q2_k q3_k_s q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m q6_k iq4_nl iq4_xs iq3_s iq3_m"
 ).split()
-METHODS = [(method, weighted) for method in _KNOWN_THERE for weighted in (False, True)]
+_WEIGHTED = [*_PLAIN, *"q2_k_s iq1_s iq1_m iq2_xxs iq2_xs iq2_s iq2_m iq3_xxs iq3_xs".split()]
+METHODS = [(method, False) for method in _PLAIN] + [(method, True) for method in _WEIGHTED]
 """With an importance matrix or without."""

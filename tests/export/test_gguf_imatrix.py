@@ -1,7 +1,5 @@
 """Importance matrices: files as llama-imatrix writes them, and what they change."""
 
-import struct
-
 import gguf
 import numpy as np
 import pytest
@@ -10,38 +8,11 @@ from jaxtune.errors import CheckpointError
 from jaxtune.export.gguf.imatrix import for_tensor, read_imatrix
 from jaxtune.export.gguf.quants import TensorType, encode
 from tests.export.adapted import Adapted
+from tests.export.imatrix import write_dat, write_gguf
 from tests.kit.compare import relative_rms
 
 RNG = np.random.default_rng(0)
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 32, "num_hidden_layers": 2}
-
-
-def write_gguf(path, sums, counts):
-    writer = gguf.GGUFWriter(path, "")
-    writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", ["calibration.txt", "möre.txt"])
-    writer.add_uint32("imatrix.chunk_count", 7)
-    for name in sums:
-        writer.add_tensor(f"{name}.in_sum2", sums[name])
-        writer.add_tensor(f"{name}.counts", counts[name])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def write_dat(path, sums, calls):
-    entry = lambda name: (
-        struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", calls, sums[name].size)
-    )
-    path.write_bytes(
-        struct.pack("<i", len(sums))
-        + b"".join(entry(name) + sums[name].tobytes() for name in sums)
-        + struct.pack("<ii", 7, 4)
-        + b"text"
-    )
-    return path
 
 
 def squares(*shape):

@@ -13,6 +13,15 @@ from tests.kit.compare import relative_rms
 QUANTISED = [type for type in TensorType if type.block > 1]
 ROWS = gguf_cases.rows()
 IMPORTANCE = gguf_cases.importance()
+ALL_ROWS = np.concatenate(list(ROWS.values()))
+
+
+def least_importance(type):
+    """For types that need one."""
+    return IMPORTANCE["weighted"] if type.needs_importance else None
+
+
+every_type = pytest.mark.parametrize("type", QUANTISED, ids=lambda type: type.name)
 
 
 @pytest.fixture(scope="module")
@@ -26,57 +35,75 @@ def test_the_inputs_are_those_of_the_record(recorded):
 
 
 @pytest.mark.parametrize("weights", IMPORTANCE)
-@pytest.mark.parametrize("type", QUANTISED, ids=lambda type: type.name)
+@every_type
 def test_every_block_is_llama_cpp_s(recorded, type, weights):
-    encoded = encode(np.concatenate(list(ROWS.values())), type, "x", IMPORTANCE[weights])
-    found = gguf_cases.digests(encoded.reshape(-1, gguf_cases.COLUMNS // type.block * type.block_bytes))
+    if type.needs_importance and weights == "plain":
+        with pytest.raises(OptionError, match=f"x is to become {type.name}, and has no importance"):
+            encode(ALL_ROWS, type, "x")
+        return
+    found = gguf_cases.digests(encode(ALL_ROWS, type, "x", IMPORTANCE[weights]).reshape(len(ALL_ROWS), -1))
     kinds = np.repeat(list(ROWS), [len(rows) for rows in ROWS.values()])
-    assert not list(kinds[found != recorded[f"{type.name}/{weights}"]])
+    differ = found != recorded[f"{type.name}/{weights}"]
+    if type is TensorType.IQ3_S:
+        np.testing.assert_array_equal(differ, misplaced_by_llama_cpp(ALL_ROWS))
+    else:
+        assert not list(kinds[differ])
 
 
-@pytest.mark.parametrize("type", QUANTISED, ids=lambda type: type.name)
+def misplaced_by_llama_cpp(rows):
+    """Its IQ3_S forgets to step over a sub-block of zeros: what follows is written in its place."""
+    zeros = (rows.reshape(len(rows), -1, 8, 32) == 0).all(axis=3)
+    return (zeros[..., :-1] & ~zeros[..., 1:]).any(axis=(1, 2))
+
+
+@every_type
 def test_huge_values_are_held_as_far_as_llama_cpp_holds_them(recorded, type):
     expected = recorded[f"{type.name}/huge"]
     assert 0 < np.count_nonzero(expected) < len(expected)
     for row, digest in zip(gguf_cases.huge(), expected, strict=True):
         if digest:
-            assert gguf_cases.digests(encode(row[None], type, "x")[None]) == digest
+            assert gguf_cases.digests(encode(row[None], type, "x", least_importance(type))[None]) == digest
         else:
             with pytest.raises(OptionError, match=f"x holds values that {type.name} cannot"):
-                encode(row[None], type, "x")
+                encode(row[None], type, "x", least_importance(type))
 
 
-@pytest.mark.parametrize("type", QUANTISED, ids=lambda type: type.name)
+@every_type
 def test_a_block_does_not_depend_on_its_company(type):
     """One block alone, where numpy would add in another order, and more rows than are converted at once."""
     rows = np.random.default_rng(2).standard_normal((1100, 256)).astype(np.float32)
-    together = encode(rows, type, "x").reshape(1100, -1)
+    importance = None if least_importance(type) is None else least_importance(type)[:256]
+    together = encode(rows, type, "x", importance).reshape(1100, -1)
     for n in (0, 1023, 1024, 1099):
         block = rows[n : n + 1, : type.block]
-        np.testing.assert_array_equal(encode(block, type, "x"), together[n, : type.block_bytes])
+        np.testing.assert_array_equal(encode(block, type, "x", importance), together[n, : type.block_bytes])
 
 
 ERROR = {
     "Q8_0": 0.0055, "Q6_K": 0.0180, "Q5_1": 0.0385, "Q5_K": 0.0365, "Q5_0": 0.0430, "Q4_K": 0.0720, "IQ4_NL": 0.0775,
-    "IQ4_XS": 0.0780, "Q4_1": 0.0790, "Q4_0": 0.0865, "Q3_K": 0.1530, "Q2_K": 0.2950,
+    "IQ4_XS": 0.0780, "Q4_1": 0.0790, "Q4_0": 0.0865, "Q3_K": 0.1530, "IQ3_S": 0.1660, "IQ3_XXS": 0.1830,
+    "IQ2_S": 0.2500, "Q2_K": 0.2950, "IQ2_XS": 0.3000, "IQ2_XXS": 0.3450, "IQ1_M": 0.4550, "IQ1_S": 0.4900,
 }  # fmt: skip
 """Of normal numbers: the root mean square of what is lost, in units of what there was."""
 
 
-@pytest.mark.parametrize("type", QUANTISED, ids=lambda type: type.name)
+@every_type
 def test_how_near_the_values_come_back(type):
     x = ROWS["normal"]
-    back = gguf.quants.dequantize(encode(x, type, "x").reshape(len(x), -1), gguf.GGMLQuantizationType(type))
-    assert 0.97 * ERROR[type.name] < relative_rms(x, back) < ERROR[type.name]
+    ones = np.ones(gguf_cases.COLUMNS, np.float32) if type.needs_importance else None
+    back = gguf.quants.dequantize(
+        encode(x, type, "x", ones).reshape(len(x), -1), gguf.GGMLQuantizationType(type)
+    )
+    assert 0.97 * ERROR[type.name] < relative_rms(back, x) < ERROR[type.name]
 
 
 @pytest.mark.parametrize("value", [1e12, np.inf, np.nan])
-@pytest.mark.parametrize("type", QUANTISED, ids=lambda type: type.name)
+@every_type
 def test_what_a_type_cannot_hold_raises(type, value):
     x = np.ones((2, 256), np.float32)
     x[1, 7] = value
     with pytest.raises(OptionError, match=rf"blk\.0\.ffn_up\.weight holds values that {type.name} cannot"):
-        encode(x, type, "blk.0.ffn_up.weight")
+        encode(x, type, "blk.0.ffn_up.weight", np.ones(256, np.float32) if type.needs_importance else None)
 
 
 def types_of(model, method, weighted=False):

@@ -42,8 +42,6 @@ ALIASES = {
 AS_STORED = "not_quantized"
 """16 bits, of the kind that the checkpoint stores."""
 KNOWN = (*MIXTURES, *ALIASES, AS_STORED)
-_CODE_BOOKS = tuple("iq1_s iq1_m iq2_xxs iq2_xs iq2_s iq2_m iq3_xxs iq3_xs iq3_s iq3_m".split())
-"""What llama.cpp and Unsloth also know, and this version does not write."""
 _QUANTIZATION_VERSION = 2
 
 
@@ -65,7 +63,7 @@ def save_gguf(
     called: its hub id, say, of which files take the last part. Gives the paths of the files.
 
     `imatrix_file` is what llama-imatrix measured with this model; quantised types then keep what matters most."""
-    given = check_methods(quantization_method)
+    given = check_methods(quantization_method, imatrix_file)
     importance = {} if imatrix_file is None else read_imatrix(imatrix_file)
     tensors.require_llama(config)
     folder = Path(f"{named(folder)}_gguf")
@@ -85,7 +83,7 @@ def save_gguf(
     return [folder / file for file in files]
 
 
-def check_methods(given: str | Sequence[str] | None) -> list[str]:
+def check_methods(given: str | Sequence[str] | None, imatrix_file: str | Path | None = None) -> list[str]:
     """The list of what was asked for, every name known; None is the default, as in Unsloth."""
     methods = [given] if isinstance(given, str) else ["fast_quantized"] if given is None else list(given)
     if not methods:
@@ -95,18 +93,17 @@ def check_methods(given: str | Sequence[str] | None) -> list[str]:
             fix="Leave it out for q8_0.",
         )
     for method in methods:
-        if method in _CODE_BOOKS:
-            raise OptionError(
-                f"quantization_method={method!r} is not written: its codes are entries of a code book, for which this"
-                " version has no search.",
-                expected=f"one of {', '.join(KNOWN)}, or a list of them.",
-                fix="Take q2_k, the smallest of these; llama-quantize makes the smaller ones of an f16 file.",
-            )
         if method not in KNOWN:
             raise OptionError(
                 f"quantization_method={method!r}.",
                 expected=f"one of {', '.join(KNOWN)}, or a list of them.",
                 fix="Use one of these." + nearest(str(method), KNOWN),
+            )
+        if imatrix_file is None and method in MIXTURES and MIXTURES[method].needs_importance:
+            raise OptionError(
+                f"quantization_method={method!r} without an importance matrix.",
+                expected="an imatrix_file: this few bits are worth nothing unless they go to the columns that matter.",
+                fix="Give what llama-imatrix measured with this model, or take q2_k, q3_k_s or iq4_xs.",
             )
     return methods
 
@@ -144,6 +141,10 @@ def _write(
         **words,
     }
     infos = list(tensors.file_tensors(config, shapes, method, weighted=bool(importance)))
+    if importance and MIXTURES[method].most.block > 1:
+        missing = [info.name for info in infos if info.type.block > 1 and info.name not in importance]
+        if missing:
+            log.info("The importance matrix has nothing for %s: written without.", ", ".join(missing))
 
     def encoded(info: TensorInfo) -> np.ndarray:
         if info.name == tensors.ROPE_FACTORS:

@@ -6,6 +6,7 @@ shapes and the five numbers of `Layout`.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -23,7 +24,9 @@ Q2_K, Q3_K, Q4_K, Q5_K, Q6_K = (
     TensorType.Q5_K,
     TensorType.Q6_K,
 )
-IQ4_NL, IQ4_XS = TensorType.IQ4_NL, TensorType.IQ4_XS
+IQ1_S, IQ1_M, IQ4_NL, IQ4_XS = TensorType.IQ1_S, TensorType.IQ1_M, TensorType.IQ4_NL, TensorType.IQ4_XS
+IQ2_XXS, IQ2_XS, IQ2_S = TensorType.IQ2_XXS, TensorType.IQ2_XS, TensorType.IQ2_S
+IQ3_XXS, IQ3_S = TensorType.IQ3_XXS, TensorType.IQ3_S
 
 
 class Layout(NamedTuple):
@@ -83,15 +86,44 @@ class Mixture(NamedTuple):
     output: TensorType | None = None
     """Of attention; not with eight experts."""
     output_of_eight: TensorType | None = None
-    ends: TensorType | None = None
-    """Of the embedding and the head, whatever the rules say of them."""
+    q_and_k: TensorType | None = None
+    gate_and_up: Rule = lambda at: None
+    head: TensorType = Q6_K
+    embedding: TensorType | None = None
+    """Where it is not the head too."""
+    both_ends: TensorType | None = None
+    """Of the embedding and the head, whatever their rows."""
+    tiny: bool = False
+    """Of two bits or less, for which eight experts and many layers mean less."""
+    needs_importance: bool = False
 
 
 _five_first = lambda at: Q5_K if at.among_first(8) else None
+_four_first = lambda at: Q4_K if at.among_first(8) else None
 _six_more = lambda at: Q6_K if at.needs_more else None
-_four_shared = lambda at: Q4_K if at.layout.shared_heads else Q3_K
+_four_or_three_bits = lambda at: Q4_K if at.layout.shared_heads else Q3_K
+_four_shared = lambda at: Q4_K if at.layout.shared_heads else None
 _five_shared = lambda at: Q5_K if at.layout.shared_heads else None
 _five_first_unless_weighted = lambda at: None if at.weighted else _five_first(at)
+_four_more = lambda at: Q4_K if at.among_first(8) or (at.layout.experts == 8 and at.needs_more) else None
+_less_between = lambda at: None if at.among_first(8) or at.number >= 7 * at.of // 8 else IQ3_XXS
+
+
+def _tiny(file_type: int, most: TensorType, more: TensorType, output: TensorType | None) -> Mixture:
+    """`more` for what suffers most."""
+    return Mixture(
+        file_type,
+        most,
+        v=lambda at: Q4_K if at.layout.shared_heads or at.layout.experts >= 4 else more,
+        down=lambda at: more if at.among_first(8) else None,
+        output=output,
+        output_of_eight=Q5_K,
+        head=Q5_K,
+        embedding=more,
+        tiny=True,
+        needs_importance=True,
+    )
+
 
 MIXTURES = {
     "f32": Mixture(0, F32),
@@ -102,16 +134,17 @@ MIXTURES = {
     "q4_1": Mixture(3, Q4_1),
     "q5_0": Mixture(8, Q5_0, down=lambda at: Q5_1 if at.weighted and at.among_first(8) else None),
     "q5_1": Mixture(9, Q5_1),
-    "q2_k": Mixture(10, Q2_K, _four_shared, lambda at: Q3_K, Q3_K, Q5_K),
-    "q2_k_l": Mixture(10, Q2_K, _four_shared, lambda at: Q3_K, Q3_K, Q5_K, ends=Q8_0),
+    "q2_k": Mixture(10, Q2_K, _four_or_three_bits, lambda at: Q3_K, Q3_K, Q5_K),
+    "q2_k_l": Mixture(10, Q2_K, _four_or_three_bits, lambda at: Q3_K, Q3_K, Q5_K, both_ends=Q8_0),
+    "q2_k_s": Mixture(21, Q2_K, _four_shared, _four_first, needs_importance=True),
     "q3_k_s": Mixture(11, Q3_K, output_of_eight=Q5_K),
     "q3_k_m": Mixture(
         12,
         Q3_K,
-        lambda at: Q5_K if at.number < 2 else Q4_K,
-        lambda at: Q5_K if at.among_first(16) else Q4_K,
-        Q4_K,
-        Q5_K,
+        v=lambda at: Q5_K if at.number < 2 else Q4_K,
+        down=lambda at: Q5_K if at.among_first(16) else Q4_K,
+        output=Q4_K,
+        output_of_eight=Q5_K,
     ),
     "q3_k_l": Mixture(13, Q3_K, lambda at: Q5_K, lambda at: Q5_K, Q5_K),
     "q4_k_s": Mixture(
@@ -123,16 +156,43 @@ MIXTURES = {
     "q6_k": Mixture(18, Q6_K),
     "iq4_nl": Mixture(25, IQ4_NL, _five_shared, _five_first_unless_weighted, output_of_eight=Q5_K),
     "iq4_xs": Mixture(30, IQ4_XS, _five_shared, _five_first_unless_weighted, output_of_eight=Q5_K),
+    "iq3_m": Mixture(27, IQ3_S, lambda at: Q4_K, _four_more, Q4_K, Q5_K),
+    "iq3_s": Mixture(26, IQ3_S, _four_shared, output_of_eight=Q5_K),
+    "iq3_xs": Mixture(
+        22,
+        IQ3_S,
+        _four_shared,
+        output_of_eight=Q5_K,
+        q_and_k=IQ3_XXS,
+        gate_and_up=_less_between,
+        needs_importance=True,
+    ),
+    "iq3_xxs": Mixture(
+        23,
+        IQ3_XXS,
+        _four_shared,
+        output=IQ3_S,
+        output_of_eight=Q5_K,
+        q_and_k=IQ2_S,
+        head=Q5_K,
+        embedding=IQ3_S,
+        needs_importance=True,
+    ),
+    "iq2_m": _tiny(29, IQ2_S, IQ3_S, IQ3_S),
+    "iq2_s": _tiny(28, IQ2_XS, IQ3_S, IQ3_S),
+    "iq2_xs": _tiny(20, IQ2_XS, Q2_K, None),
+    "iq2_xxs": _tiny(19, IQ2_XXS, Q2_K, None),
+    "iq1_m": _tiny(31, IQ1_M, Q2_K, IQ2_XXS),
+    "iq1_s": _tiny(24, IQ1_S, Q2_K, IQ2_XXS),
 }
 
-_FALLBACKS = {Q2_K: Q4_0, Q3_K: Q4_0, Q4_K: Q5_0, Q5_K: Q5_1, Q6_K: Q8_0, IQ4_XS: IQ4_NL}
-"""For rows that blocks of 256 do not fill; what blocks of 32 do not fill either is float16."""
+_FALLBACKS = {Q2_K: Q4_0, Q3_K: Q4_0, Q4_K: Q5_0, Q5_K: Q5_1, Q6_K: Q8_0}
+"""For rows that blocks of 256 do not fill; IQ4_NL for the others. What blocks of 32 do not fill either is float16."""
 _KEPT = re.compile(
     r"_norm\.weight|ffn_gate_inp\.weight|^position_embd|^token_types|ssm_conv1d|shortconv\.conv|attn_rel_b"
     r"|\.position_embd|\.patch_embd|\.patch_merger|altup|laurel|per_layer_model_proj"
 )
 """Small, or told apart by small differences."""
-_V = re.compile(r"attn_(v|qkv|kv_b)\.weight")
 
 
 def tensor_types(
@@ -141,37 +201,70 @@ def tensor_types(
     """For each GGUF name its type in a file of `method`. `weighted`: an importance matrix is used."""
     mixture = MIXTURES[method]
     head = "output.weight" if "output.weight" in shapes else "token_embd.weight"
-    v_count = sum(1 for name in shapes if _V.search(name))
-    v_index = down_index = 0
+    of_kind = Counter(filter(None, map(_kind, shapes)))
+    seen: Counter[str] = Counter()
     types = {}
     for name in sorted(shapes, key=place):
         if is_kept(name, shapes[name]):
             types[name] = F32
-            continue
-        width = shapes[name][-1]
-        if mixture.most.block == 1:
+        elif mixture.most.block == 1:
             types[name] = mixture.most
-            continue
-        if mixture.ends and name in (head, "token_embd.weight"):
-            chosen = mixture.ends
-        elif name == head:
-            chosen = Q8_0 if mixture.most is Q8_0 or width % mixture.most.block else Q6_K
-        elif _V.search(name):
-            chosen = _v(mixture, Place(v_index, v_count, layout, weighted))
-            v_index += 1
-        elif "attn_k.weight" in name:
-            chosen = Q8_0 if layout.experts == 8 else mixture.most
-        elif "ffn_down" in name:
-            # Experts may be stored apart, so that counting them does not count layers.
-            index = place(name)[0] if layout.experts > 1 else down_index
-            chosen = mixture.down(Place(index, layout.layers, layout, weighted)) or mixture.most
-            down_index += 1
-        elif "attn_output.weight" in name:
-            chosen = (mixture.output_of_eight if layout.experts == 8 else mixture.output) or mixture.most
         else:
-            chosen = mixture.most
-        types[name] = _fitting(name, width, chosen)
+            kind, width = _kind(name), shapes[name][-1]
+            # Experts may be stored apart, so that counting them does not count layers.
+            by_name = layout.experts > 1 and kind != "v" and not (mixture.tiny and kind == "down")
+            number = place(name)[0] if by_name else seen[kind]
+            at = Place(number, of_kind["v"] if kind == "v" else layout.layers, layout, weighted)
+            seen[kind] += 1
+            if name == head:
+                chosen = Q8_0 if mixture.most is Q8_0 or width % mixture.most.block else mixture.head
+            elif kind == "embedding":
+                chosen = mixture.embedding or mixture.most
+            else:
+                chosen = _of_kind(mixture, kind, at)
+            if mixture.both_ends and kind in ("embedding", "head"):
+                chosen = mixture.both_ends
+            types[name] = _fitting(name, width, chosen)
     return types
+
+
+_KINDS = {
+    "head": r"^output\.weight",
+    "embedding": r"^token_embd\.weight",
+    "v": r"attn_(v|qkv|kv_b)\.weight",
+    "k": r"attn_k\.weight",
+    "q": r"attn_q\.weight",
+    "output": r"attn_output\.weight",
+    "up": r"ffn_up.*\.weight",
+    "gate": r"ffn_gate.*\.weight",
+    "down": r"ffn_down.*\.weight",
+}
+
+
+def _kind(name: str) -> str:
+    return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, name)), "")
+
+
+def _of_kind(mixture: Mixture, kind: str, at: Place) -> TensorType:
+    eight = at.layout.experts == 8
+    chosen = None
+    if kind == "v":
+        chosen = mixture.v(at) or mixture.most
+        if at.layout.is_70b and chosen in (Q3_K, Q4_K) and not mixture.tiny:
+            chosen = Q5_K
+        if eight and not mixture.tiny:
+            chosen = Q8_0
+    elif kind == "k" and eight:
+        chosen = Q4_K if mixture.tiny else Q8_0
+    elif kind in ("q", "k"):
+        chosen = mixture.q_and_k
+    elif kind in ("gate", "up"):
+        chosen = mixture.gate_and_up(at)
+    elif kind == "down":
+        chosen = mixture.down(at)
+    elif kind == "output":
+        chosen = mixture.output_of_eight if eight else mixture.output
+    return chosen or mixture.most
 
 
 def is_kept(name: str, shape: tuple[int, ...]) -> bool:
@@ -179,17 +272,10 @@ def is_kept(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) < 2 or not name.endswith(".weight") or _KEPT.search(name) is not None
 
 
-def _v(mixture: Mixture, at: Place) -> TensorType:
-    chosen = mixture.v(at) or mixture.most
-    if at.layout.is_70b and chosen in (Q3_K, Q4_K):
-        chosen = Q5_K
-    return Q8_0 if at.layout.experts == 8 else chosen
-
-
 def _fitting(name: str, width: int, chosen: TensorType) -> TensorType:
     fallback = chosen
     if width % fallback.block:
-        fallback = _FALLBACKS.get(chosen, chosen)
+        fallback = _FALLBACKS.get(chosen, IQ4_NL if chosen.block > 32 else chosen)
     if width % fallback.block:
         fallback = F16
     if fallback is not chosen:

@@ -5,12 +5,14 @@ float32 and in its order of additions.
 """
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
 from jaxtune.errors import OptionError
-from jaxtune.export.gguf.quants import floats, iq4, k_quants, legacy
+from jaxtune.export.gguf.quants import floats, iq1, iq2_iq3, iq4, k_quants, legacy
 from jaxtune.export.gguf.quants.pack import DoesNotFit
 from jaxtune.export.gguf.quants.types import TensorType, nbytes
 
@@ -27,6 +29,12 @@ def encode(
     """Any float array -> its bytes as uint8. A value that the type cannot hold raises, with the tensor's `name`.
 
     `importance` says how much the errors of a column count: [columns], or [experts, columns] for stacked experts."""
+    if type.needs_importance and importance is None:
+        raise OptionError(
+            f"{name} is to become {type.name}, and has no importance.",
+            expected=f"an importance matrix that has {name}.",
+            fix="Give as imatrix_file what llama-imatrix measured with this model, or take a larger type.",
+        )
     if importance is not None and importance.ndim == 2:
         experts = zip(array, importance, strict=True)
         return np.concatenate([encode(expert, type, name, columns) for expert, columns in experts])
@@ -54,7 +62,7 @@ def encode(
     return out.reshape(-1)
 
 
-_QUANTISERS = {
+_QUANTISERS: dict[TensorType, Callable[[np.ndarray, Any], np.ndarray]] = {
     TensorType.F32: floats.f32,
     TensorType.F16: floats.f16,
     TensorType.BF16: floats.bf16,
@@ -68,6 +76,13 @@ _QUANTISERS = {
     TensorType.Q4_K: k_quants.q4_k,
     TensorType.Q5_K: k_quants.q5_k,
     TensorType.Q6_K: k_quants.q6_k,
+    TensorType.IQ1_S: iq1.iq1_s,
+    TensorType.IQ1_M: iq1.iq1_m,
+    TensorType.IQ2_XXS: iq2_iq3.iq2_xxs,
+    TensorType.IQ2_XS: iq2_iq3.iq2_xs,
+    TensorType.IQ2_S: iq2_iq3.iq2_s,
+    TensorType.IQ3_XXS: iq2_iq3.iq3_xxs,
+    TensorType.IQ3_S: iq2_iq3.iq3_s,
     TensorType.IQ4_NL: iq4.iq4_nl,
     TensorType.IQ4_XS: iq4.iq4_xs,
 }

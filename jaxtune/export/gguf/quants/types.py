@@ -19,8 +19,15 @@ class TensorType(enum.IntEnum):
     Q4_K = 12
     Q5_K = 13
     Q6_K = 14
+    IQ2_XXS = 16
+    IQ2_XS = 17
+    IQ3_XXS = 18
+    IQ1_S = 19
     IQ4_NL = 20
+    IQ3_S = 21
+    IQ2_S = 22
     IQ4_XS = 23
+    IQ1_M = 29
     BF16 = 30
 
     @property
@@ -37,6 +44,11 @@ class TensorType(enum.IntEnum):
         """For each number."""
         return 8 * self.block_bytes / self.block
 
+    @property
+    def needs_importance(self) -> bool:
+        """So few bits that they are worth nothing unless they go to the columns that matter."""
+        return self.name in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
+
 
 _BLOCKS = {
     TensorType.F32: (1, 4),
@@ -51,6 +63,13 @@ _BLOCKS = {
     TensorType.Q4_K: (256, 144),
     TensorType.Q5_K: (256, 176),
     TensorType.Q6_K: (256, 210),
+    TensorType.IQ2_XXS: (256, 66),
+    TensorType.IQ2_XS: (256, 74),
+    TensorType.IQ2_S: (256, 82),
+    TensorType.IQ3_XXS: (256, 98),
+    TensorType.IQ3_S: (256, 110),
+    TensorType.IQ1_S: (256, 50),
+    TensorType.IQ1_M: (256, 56),
     TensorType.IQ4_NL: (32, 18),
     TensorType.IQ4_XS: (256, 136),
     TensorType.BF16: (1, 2),
