@@ -34,7 +34,7 @@ class Book:
             within_U = beyond_UP.min(axis=1)
         u, p = np.nonzero(distance_UP <= within_U[:, None])
         order = np.lexsort((p, distance_UP[u, p], u))
-        self._count = np.bincount(u, minlength=len(places))
+        self._count = np.bincount(u, minlength=len(places)).astype(np.int16)
         ranks = np.arange(len(u)) - np.repeat(np.cumsum(self._count) - self._count, self._count)
         self._neighbours = np.zeros((self._count.max(), len(places)), np.int16)
         self._neighbours[ranks, u] = p[order]
