@@ -21,9 +21,7 @@ class Book:
         self.levels, self.group = int(levels_PG.max()) + 1, levels_PG.shape[1]
         self.levels_GP = np.ascontiguousarray(levels_PG.T).astype(np.float32)
         self._radix = np.float32(self.levels) ** np.arange(self.group, dtype=np.float32)
-        places = (
-            np.indices((self.levels,) * self.group).reshape(self.group, -1)[::-1].T
-        )  # the first turns fastest
+        places = np.indices((self.levels,) * self.group).reshape(self.group, -1)[::-1].T  # [U, G]
         self._entry = np.full(len(places), -1, np.int16)
         self._entry[(levels_PG @ self._radix).astype(np.int64)] = np.arange(len(levels_PG))
         a, b = places.astype(np.float32), levels_PG.astype(np.float32)
@@ -57,12 +55,8 @@ class Book:
         count = self._count[place_C[missing]]
         missing = missing[np.argsort(-count, kind="stable")]  # those with n neighbours or more come first
         having = np.searchsorted(np.sort(-count), -np.arange(len(self._neighbours)) - 1, side="right")
-        place, scale, x, w = (
-            place_C[missing],
-            scale_C[missing],
-            x_GC.take(missing, axis=1),
-            w_GC.take(missing, axis=1),
-        )
+        place, scale = place_C[missing], scale_C[missing]
+        x, w = x_GC.take(missing, axis=1), w_GC.take(missing, axis=1)
         shift = None if shift_C is None else shift_C[missing]
         best, entry = np.full(len(missing), np.inf, np.float32), np.zeros(len(missing), np.int16)
         for n, neighbours_U in zip(having, self._neighbours, strict=True):

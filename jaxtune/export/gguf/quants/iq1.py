@@ -33,7 +33,7 @@ def iq1_s(x: np.ndarray, importance: np.ndarray) -> np.ndarray:
         p = x_sums[low] * -up - middle_x + ends_x[high] * -down
         q = w_sums[low] * up * up + middle_w + ends_w[high] * down * down
         best.propose(p, q, low, high, 1)
-    moved_down_B = best.variant_B ^ (best.scale_B < 0)
+    moved_down_B = (best.variant_B == 1) ^ (best.scale_B < 0)
     shift_B = np.where(moved_down_B, -_SHIFT, _SHIFT)
     found = _entries(x_NB, w_NB, order_NB, best, np.tile(shift_B, (4, 1)), np.float32(1e-12))
     scale_SJ = found.scale_B.reshape(-1, 8)
@@ -49,20 +49,18 @@ def iq1_m(x: np.ndarray, importance: np.ndarray) -> np.ndarray:
     x_NB = sub_blocks(x, 16)
     w_NB = importance_weights(x, importance, 16, over=256, factor=2)
     first = np.arange(16)[:, None] < 8
-    halves = [(w_NB * x_NB, w_NB, chosen) for chosen in (first, ~first)]
-    order_NB, sums = _sorted_sums(
-        x_NB, *(np.where(chosen, a, 0) for wx, w, chosen in halves for a in (wx, w))
-    )
+    halves = [np.where(of, a, 0) for of in (first, ~first) for a in (w_NB * x_NB, w_NB)]
+    order_NB, sums = _sorted_sums(x_NB, *halves)
     best = _Best(x_NB.shape[1])
-    last = {1: ONE + _SHIFT, -1: ONE - _SHIFT}
+    up = (ONE + _SHIFT, np.float32(0.75), np.float32(-1.25))  # the largest, and differences of squares
+    down = (ONE - _SHIFT, np.float32(1.25), np.float32(-0.75))
     for low, high in _splits(16):
         fits = []
         for x_sums, w_sums in (sums[:2], sums[2:]):
             x_both = x_sums[low] + x_sums[high]
-            for top, a, b in ((last[1], 0.75, -1.25), (last[-1], 1.25, -0.75)):
-                p = x_sums[-1] * top - x_both
-                q = w_sums[-1] * top * top + w_sums[low] * np.float32(a) + w_sums[high] * np.float32(b)
-                fits.append((p, q))
+            for top, a, b in (up, down):
+                q = w_sums[-1] * top * top + w_sums[low] * a + w_sums[high] * b
+                fits.append((x_sums[-1] * top - x_both, q))
         for variant in range(4):
             (p_first, q_first), (p_second, q_second) = fits[variant >> 1], fits[2 + (variant & 1)]
             best.propose(p_first + p_second, q_first + q_second, low, high, variant)

@@ -23,15 +23,15 @@ from jaxtune.export.gguf.quants.search import (
 _HALF = np.float32(0.5)
 
 
-class Magnitudes(NamedTuple):
+class _Magnitudes(NamedTuple):
     """Values apart from their signs."""
 
     x_NB: np.ndarray
-    signs: np.ndarray
+    signs_8B: np.ndarray
     """[N / 8, B] uint8, bit l of element l."""
 
 
-def _magnitudes(x_NB: np.ndarray, w_NB: np.ndarray, *, even: bool) -> Magnitudes:
+def _magnitudes(x_NB: np.ndarray, w_NB: np.ndarray, *, even: bool) -> _Magnitudes:
     """If `even`, the eighth sign of a group follows from the others: of an odd number of negatives, the one value that
     weighs least gets the wrong sign."""
     x_K8B, w_K8B = x_NB.reshape(-1, 8, x_NB.shape[1]), w_NB.reshape(-1, 8, x_NB.shape[1])
@@ -43,17 +43,17 @@ def _magnitudes(x_NB: np.ndarray, w_NB: np.ndarray, *, even: bool) -> Magnitudes
         flipped = odd[:, None] & (np.arange(8)[:, None] == least[:, None])
         magnitudes = np.where(flipped, -magnitudes, magnitudes)
         negative = negative ^ flipped
-    return Magnitudes(magnitudes.reshape(x_NB.shape), packed(negative.astype(np.uint8), 1, 1))
+    return _Magnitudes(magnitudes.reshape(x_NB.shape), packed(negative.astype(np.uint8), 1, 1))
 
 
-class Found(NamedTuple):
+class _Found(NamedTuple):
     scale_B: np.ndarray
     entry_KB: np.ndarray
-    signs_KB: np.ndarray
+    signs_8B: np.ndarray
 
 
 def _search(
-    values: Magnitudes,
+    values: _Magnitudes,
     w_NB: np.ndarray,
     book: Book,
     tries: list[np.float32],
@@ -62,11 +62,11 @@ def _search(
     empty_B: np.ndarray,
     *,
     refit: str,
-) -> Found:
+) -> _Found:
     """Entries and the scale that fits them best, for each of `tries`: the number of the book that `reach_B` stands for.
     The best is fitted once more with its own scale: `refit` says whether "always", or where the book has not a group,
     and then whether to find only the "missing" anew or "all"."""
-    x_NB, signs_KB = values
+    x_NB, signs_8B = values
     B = x_NB.shape[1]
     x_GC, root_GC = groups(x_NB, book.group), groups(np.sqrt(w_NB), book.group)
     wx_NB = w_NB * x_NB
@@ -100,9 +100,9 @@ def _search(
     entry_KB = np.where(again_B & (missing_KB | (refit != "missing")), new_KB, entry_KB)
     p, q = fitted(entry_KB)
     scale_B = np.where(again_B & (q > 0), ratio(p, q), scale_B)
-    signs_KB = np.where(scale_B < 0, ~signs_KB, signs_KB)
+    signs_8B = np.where(scale_B < 0, ~signs_8B, signs_8B)
     scale_B = np.where(empty_B, np.float32(0), np.abs(scale_B))
-    return Found(scale_B, np.where(empty_B, np.int16(0), entry_KB), np.where(empty_B, np.uint8(0), signs_KB))
+    return _Found(scale_B, np.where(empty_B, np.int16(0), entry_KB), np.where(empty_B, np.uint8(0), signs_8B))
 
 
 def _sixteenths(scale_B: np.ndarray, per_block: int, more: float) -> tuple[np.ndarray, np.ndarray]:
@@ -126,11 +126,8 @@ def iq2_xxs(x: np.ndarray, importance: np.ndarray) -> np.ndarray:
         values, w_NB, book("IQ2_XXS"), _tries(5, 0.1, 6), reach_B, start_B, reach_B <= 0, refit="always"
     )
     d, scales = _sixteenths(found.scale_B, 8, 1)
-    entries = found.entry_KB.T.astype(np.uint8).reshape(-1, 8, 4)
-    fields = [entries, _signs_and_scales(found.signs_KB, scales)]
-    return _emptied(
-        found.scale_B, joined(len(d), d, np.concatenate([f.reshape(-1, 8, 4) for f in fields], axis=2))
-    )
+    fields = [found.entry_KB.T.astype(np.uint8), _signs_and_scales(found.signs_8B, scales)]
+    return _emptied(found.scale_B, joined(len(d), d, np.concatenate(fields, axis=1)))
 
 
 def iq2_xs(x: np.ndarray, importance: np.ndarray) -> np.ndarray:
@@ -138,7 +135,7 @@ def iq2_xs(x: np.ndarray, importance: np.ndarray) -> np.ndarray:
     values = _magnitudes(sub_blocks(x, 16), w_NB, even=True)
     found = _search_from_the_largest(values, w_NB, book("IQ2_XS"), _tries(5, 0.1, 9), NOTHING)
     d, scales = _sixteenths(found.scale_B, 16, 1)
-    both = found.entry_KB.T.astype(np.uint16) | (found.signs_KB.T & 127).astype(np.uint16) << 9
+    both = found.entry_KB.T.astype(np.uint16) | (found.signs_8B.T & 127).astype(np.uint16) << 9
     return _emptied(found.scale_B, joined(len(d), d, both, packed(scales.reshape(-1, 8, 2), 4, 2)))
 
 
@@ -149,7 +146,7 @@ def iq2_s(x: np.ndarray, importance: np.ndarray) -> np.ndarray:
     d, scales = _sixteenths(found.scale_B, 16, 0.9875)
     entries = _by_block(found.entry_KB, 16)
     high = packed((entries >> 8).astype(np.uint8).reshape(-1, 8, 4), 2, 2)
-    signs = _by_block(found.signs_KB, 16)
+    signs = _by_block(found.signs_8B, 16)
     return joined(len(d), d, entries.astype(np.uint8), signs, high, packed(scales.reshape(-1, 8, 2), 4, 2))
 
 
@@ -159,7 +156,7 @@ def iq3_xxs(x: np.ndarray, importance: np.ndarray) -> np.ndarray:
     found = _search_from_the_largest(values, w_NB, book("IQ3_XXS"), _tries(15, 0.2, 15), np.float32(1e-8))
     d, scales = _sixteenths(found.scale_B, 8, 1.0125)
     entries = _by_block(found.entry_KB, 8).astype(np.uint8)
-    return _emptied(found.scale_B, joined(len(d), d, entries, _signs_and_scales(found.signs_KB, scales)))
+    return _emptied(found.scale_B, joined(len(d), d, entries, _signs_and_scales(found.signs_8B, scales)))
 
 
 def iq3_s(x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
@@ -167,29 +164,33 @@ def iq3_s(x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
     x_NB = sub_blocks(x, 32)
     w_NB = x_NB * x_NB if importance is None else importance_weights(x, importance, 32, over=256, factor=2)
     values = _magnitudes(x_NB, w_NB, even=False)
-    reach_B = values.x_NB.max(axis=0)
-    tries = _tries(15, 0.2, 9)
-    found = _search(
-        values, w_NB, book("IQ3_S"), tries, reach_B, reach_B / np.float32(15), reach_B == 0, refit="all"
-    )
+    some = np.finfo(np.float32).smallest_subnormal
+    found = _search_from_the_largest(values, w_NB, book("IQ3_S"), _tries(15, 0.2, 9), some, refit="all")
     d, scales = _sixteenths(found.scale_B, 8, 1.033)
-    entries, signs = (_by_block(a, 8) for a in (found.entry_KB, found.signs_KB))
+    entries, signs = (_by_block(a, 8) for a in (found.entry_KB, found.signs_8B))
     high = packed((entries >> 8).astype(np.uint8).reshape(-1, 8, 8), 1, 2)
     return joined(len(d), d, entries.astype(np.uint8), high, signs, packed(scales.reshape(-1, 4, 2), 4, 2))
 
 
 def _search_from_the_largest(
-    values: Magnitudes, w_NB: np.ndarray, book: Book, tries: list[np.float32], smallest: np.float32
-) -> Found:
+    values: _Magnitudes,
+    w_NB: np.ndarray,
+    book: Book,
+    tries: list[np.float32],
+    smallest: np.float32,
+    *,
+    refit: str = "missing",
+) -> _Found:
+    """A sub-block without a value of `smallest` is empty."""
     reach_B = values.x_NB.max(axis=0)
     start_B = reach_B / np.float32(2 * book.levels - 1)
-    return _search(values, w_NB, book, tries, reach_B, start_B, reach_B < smallest, refit="missing")
+    return _search(values, w_NB, book, tries, reach_B, start_B, reach_B < smallest, refit=refit)
 
 
-def _signs_and_scales(signs_KB: np.ndarray, scales_SJ: np.ndarray) -> np.ndarray:
+def _signs_and_scales(signs_8B: np.ndarray, scales_SJ: np.ndarray) -> np.ndarray:
     """uint8 [B, 4]: seven signs of each of four groups in 28 bits, and above them the code of the scale."""
-    signs_KB = (signs_KB & 127).astype(np.uint32) << 7 * np.arange(4, dtype=np.uint32)[:, None]
-    together = np.bitwise_or.reduce(signs_KB, axis=0) | scales_SJ.reshape(-1).astype(np.uint32) << 28
+    signs_8B = (signs_8B & 127).astype(np.uint32) << 7 * np.arange(4, dtype=np.uint32)[:, None]
+    together = np.bitwise_or.reduce(signs_8B, axis=0) | scales_SJ.reshape(-1).astype(np.uint32) << 28
     return together.view(np.uint8).reshape(-1, 4)
 
 

@@ -128,9 +128,8 @@ def _affine_32(
         d, scales = _fitted(found.scale_B, total(w_NB), 8, 63)
         d_min, minimums = _fitted(found.minimum_B, total(w_NB), 8, 63)
     scales, minimums = scales.astype(np.uint8), minimums.astype(np.uint8)
-    if (
-        importance is None or top == 31
-    ):  # llama.cpp forgets it for Q4_K: a degenerate fit spills into its neighbours
+    if importance is None or top == 31:
+        # In the other case llama.cpp forgets it, and what a degenerate fit wraps to spills into its neighbours.
         scales, minimums = np.minimum(scales, 63), np.minimum(minimums, 63)
     stored = _pairs_of_six_bits(scales, minimums)
     scales, minimums = _of_pairs_of_six_bits(stored)

@@ -7,6 +7,7 @@ from jaxtune.export.gguf.quants.search import (
     WEIGHTED_STEPS,
     affine,
     importance_weights,
+    inverse,
     largest,
     smallest,
     sub_blocks,
@@ -71,8 +72,8 @@ def _affine(
 
 def _divided(x_BN: np.ndarray, d: np.ndarray, offset: float = 0.0) -> np.ndarray:
     """x * (1 / d) + offset. 0 where 1 / d is infinite: of an infinity, llama.cpp's conversion to integers makes 0."""
-    inverse = np.divide(np.float32(1), d, out=np.zeros_like(d), where=d != 0)
-    return np.where(np.isinf(inverse), np.float32(0), x_BN * inverse + np.float32(offset))
+    inverse_B = inverse(d)
+    return np.where(np.isinf(inverse_B), np.float32(0), x_BN * inverse_B + np.float32(offset))
 
 
 def _weights(x: np.ndarray, importance: np.ndarray) -> np.ndarray:

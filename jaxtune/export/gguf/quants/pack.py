@@ -9,16 +9,14 @@ class DoesNotFit(ArithmeticError):
 
 def half(x: np.ndarray) -> np.ndarray:
     """As float16. What is beyond its range raises."""
-    with np.errstate(over="ignore"):
-        rounded = x.astype(np.float16)
+    rounded = x.astype(np.float16)
     if not np.isfinite(rounded).all():
         raise DoesNotFit
     return rounded
 
 
 def packed(codes: np.ndarray, bits: int, axis: int) -> np.ndarray:
-    """uint8 codes that lie along `axis` share a byte, the first lowest: all of them if they have 8 / len bits, else
-    they may not overlap."""
+    """The uint8 codes that lie along `axis` in one byte, each `bits` above the one before."""
     shape = [1] * codes.ndim
     shape[axis] = -1
     shifts = (bits * np.arange(codes.shape[axis], dtype=np.uint8)).reshape(shape)

@@ -6,7 +6,7 @@ and then another candidate wins. All arithmetic is float32 and none of it is fus
 won, not its codes: they are computed again at the end, which is cheaper than copying them at every improvement.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -73,7 +73,7 @@ class Steps(NamedTuple):
     step: float
     last: int
 
-    def divisors(self, top: int) -> Iterable[np.float32]:
+    def divisors(self, top: int) -> Iterator[np.float32]:
         for t in range(self.last + 1):
             yield np.float32(self.first) + np.float32(self.step) * np.float32(t) + np.float32(top)
 
