@@ -1,15 +1,20 @@
 """Every type and every mixture against what llama.cpp's own quantiser made of the same numbers and models."""
 
+import math
+import re
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
 
 from jaxtune.errors import OptionError
 from jaxtune.export.gguf.mixtures import MIXTURES, Layout, tensor_types
-from jaxtune.export.gguf.quants import TensorType, encode
+from jaxtune.export.gguf.quants import TensorType, encode, nbytes
 from tests.export import gguf_cases
 from tests.kit.compare import relative_rms
 
+DOCS = Path(__file__).parents[2] / "docs" / "export.md"
 QUANTISED = [type for type in TensorType if type.block > 1]
 ROWS = gguf_cases.rows()
 IMPORTANCE = gguf_cases.importance()
@@ -158,6 +163,36 @@ def test_file_types_are_those_of_the_gguf_package():
         method: gguf.LlamaFileType["ALL_F32" if method == "f32" else f"MOSTLY_{method.upper()}"]
         for method in numbers
     }
+
+
+def test_sizes_in_the_docs():
+    """Of Llama 3.1 8B, bits for each weight and GB: docs/export.md."""
+    layer = {
+        "attn_q": 4096,
+        "attn_k": 1024,
+        "attn_v": 1024,
+        "attn_output": 4096,
+        "ffn_gate": 14336,
+        "ffn_up": 14336,
+    }
+    shapes = {
+        "token_embd.weight": (128256, 4096),
+        "output.weight": (128256, 4096),
+        "output_norm.weight": (4096,),
+    }
+    for n in range(32):
+        shapes |= {f"blk.{n}.{name}.weight": (rows, 4096) for name, rows in layer.items()}
+        shapes |= {f"blk.{n}.ffn_down.weight": (4096, 14336)}
+        shapes |= {f"blk.{n}.{name}_norm.weight": (4096,) for name in ("attn", "ffn")}
+    numbers = sum(map(math.prod, shapes.values()))
+    rows = [line for line in DOCS.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    for method, mixture in MIXTURES.items():
+        types = tensor_types(method, shapes, Layout("llama", 32, 32, 8), weighted=mixture.needs_importance)
+        size = sum(nbytes(shapes[name], types[name]) for name in shapes)
+        cells = next(row for row in rows if f"`{method}`" in row).split("|")
+        place = [name for name in re.findall(r"`(\w+)`", cells[1]) if name in MIXTURES].index(method)
+        assert cells[2].split(", ")[place].strip() == f"{8 * size / numbers:.2f}", method
+        assert cells[3].split(", ")[place].strip() == f"{size / 1e9:.2f}", method
 
 
 def test_a_row_that_no_block_fills_is_said(caplog):
