@@ -4,7 +4,7 @@ import gguf
 import numpy as np
 import pytest
 
-from jaxtune.errors import CheckpointError
+from jaxtune.errors import CheckpointError, OptionError
 from jaxtune.export.gguf.imatrix import for_tensor, read_imatrix
 from jaxtune.export.gguf.quants import TensorType, encode
 from tests.export.adapted import Adapted
@@ -51,12 +51,16 @@ def adapted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", ["q2_k", "q3_k_m", "q4_k_m", "q5_0", "iq4_xs"])
-def test_what_matters_is_kept(adapted, tmp_path, method):
+def test_what_matters_is_kept(adapted, tmp_path, method, caplog):
     """In the columns that matter, the file is nearer to the merged weights for it."""
     name, columns = "blk.1.ffn_up.weight", np.where(np.arange(256) % 8 == 0, 100, 0.01).astype(np.float32)
     file = of_one_token(tmp_path / "x.gguf", name, columns[None])
     exact, plain = adapted.save_gguf(tmp_path / "plain", ["f32", method])
-    (weighted,) = adapted.save_gguf(tmp_path / "weighted", method, imatrix_file=file)
+    with caplog.at_level("INFO"):
+        (weighted,) = adapted.save_gguf(tmp_path / "weighted", method, imatrix_file=file)
+    assert any(
+        "importance matrix has nothing for 15 tensors: output.weight, " in line for line in caplog.messages
+    )
     exact, plain, weighted = (
         {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors} for path in (exact, plain, weighted)
     )
@@ -107,4 +111,13 @@ def test_a_file_that_is_none(adapted, tmp_path, made, message):
     file = made(tmp_path / "imatrix")
     with pytest.raises(CheckpointError, match=message):
         adapted.save_gguf(tmp_path / "out", "q4_k_m", imatrix_file=file)
+    assert not (tmp_path / "out_gguf").exists()
+
+
+def test_a_type_that_cannot_do_without(adapted, tmp_path):
+    file = of_one_token(tmp_path / "imatrix", "blk.1.ffn_up.weight", squares(1, 256))
+    with pytest.raises(
+        OptionError, match=r"blk\.0\.attn_k\.weight is to become IQ2_S, and has no importance"
+    ):
+        adapted.save_gguf(tmp_path / "out", "iq3_xxs", imatrix_file=file)
     assert not (tmp_path / "out_gguf").exists()

@@ -24,7 +24,7 @@ from jaxtune.export.ollama import MODELFILE, modelfile
 from jaxtune.export.weights import Weight
 from jaxtune.folders import named, staged
 from jaxtune.loading.checkpoint import Checkpoint
-from jaxtune.log import get_logger
+from jaxtune.log import counted, get_logger
 from jaxtune.lora.config import LoraConfig, ModuleNames
 from jaxtune.lora.tree import Tree
 from jaxtune.models.config import ModelConfig
@@ -144,7 +144,11 @@ def _write(
     if importance and MIXTURES[method].most.block > 1:
         missing = [info.name for info in infos if info.type.block > 1 and info.name not in importance]
         if missing:
-            log.info("The importance matrix has nothing for %s: written without.", ", ".join(missing))
+            log.info(
+                "The importance matrix has nothing for %s: %s.",
+                counted(len(missing), "tensor"),
+                ", ".join(missing[:4]),
+            )
 
     def encoded(info: TensorInfo) -> np.ndarray:
         if info.name == tensors.ROPE_FACTORS:

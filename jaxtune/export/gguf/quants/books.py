@@ -69,8 +69,8 @@ class Book:
             off_GN = scale[:n] * values_GN - x[:, :n]
             error = total(w[:, :n] * off_GN * off_GN)
             better = error < best[:n]
-            best[:n] = np.where(better, error, best[:n])
-            entry[:n] = np.where(better, candidate, entry[:n])
+            np.putmask(best[:n], better, error)
+            np.putmask(entry[:n], better, candidate)
         entry_C[missing] = entry
         return entry_C, missing_C
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxtune.export.gguf.quants.books import book, groups, ungrouped
 from jaxtune.export.gguf.quants.pack import half, joined, packed
-from jaxtune.export.gguf.quants.search import ONE, importance_weights, nearest, ratio, sub_blocks, total
+from jaxtune.export.gguf.quants.search import ONE, importance_weights, nearest, sub_blocks, total
 
 _HALF = np.float32(0.5)
 _SHIFT = np.float32(0.125)
@@ -73,7 +73,7 @@ def iq1_m(x: np.ndarray, importance: np.ndarray) -> np.ndarray:
     q_NB = found.values(shift_KB) * (2 * scales + 1).reshape(-1).astype(np.float32)
     by_block = lambda a_NB: np.ascontiguousarray(a_NB.T.reshape(-1, 256).T)
     p_S, q_S = total(by_block(w_NB * q_NB * x_NB)), total(by_block(w_NB * q_NB * q_NB))
-    refined_S = np.where(q_S > 0, ratio(p_S, q_S), d_S)
+    refined_S = np.where(q_S > 0, p_S / q_S, d_S)
     d_bits = half(np.where(d_S == 0, 0, refined_S * np.float32(1.1125))).view(np.uint16)
     entry_BK = found.entry_KB.T.astype(np.uint16)
     high_BK = (entry_BK >> 8).astype(np.uint8)
@@ -109,9 +109,9 @@ class _Best:
     def propose(self, p: np.ndarray, q: np.ndarray, low: int, high: int, variant: int) -> None:
         better = (q > 0) & (p * p > self._score_B * q)
         scale = p / q
-        self.scale_B = np.where(better, scale, self.scale_B)
-        self._score_B = np.where(better, scale * p, self._score_B)
-        self._choice_B = np.where(better, np.int32(low << 16 | high << 8 | variant), self._choice_B)
+        np.putmask(self.scale_B, better, scale)
+        np.putmask(self._score_B, better, scale * p)
+        np.putmask(self._choice_B, better, np.int32(low << 16 | high << 8 | variant))
 
     @property
     def none_B(self) -> np.ndarray:
@@ -169,7 +169,7 @@ def _entries(
     found = _Found(scale_B, entry_C.reshape(K, B), empty_B)
     q_NB = found.values(shift_KB)
     p, q = total(w_NB * q_NB * x_NB), total(w_NB * q_NB * q_NB)
-    scale_B = np.where(missing_C.reshape(K, B).any(axis=0) & (p > 0) & (q > 0), ratio(p, q), scale_B)
+    scale_B = np.where(missing_C.reshape(K, B).any(axis=0) & (p > 0) & (q > 0), p / q, scale_B)
     return _Found(np.where(empty_B, 0, scale_B), np.where(empty_B, 0, found.entry_KB), empty_B)
 
 

@@ -15,7 +15,6 @@ from jaxtune.export.gguf.quants.search import (
     importance_weights,
     nearest,
     positive,
-    ratio,
     sub_blocks,
     total,
 )
@@ -91,7 +90,7 @@ def _search(
         new_KB, new_missing_KB = entries(inverse_B, ONE / inverse_B)
         p, q = fitted(new_KB)
         better_B = (q > 0) & (p * p > best_B * q)
-        scale_B = np.where(better_B, ratio(p, q), scale_B)
+        scale_B = np.where(better_B, p / q, scale_B)
         best_B = np.where(better_B, scale_B * p, best_B)
         entry_KB = np.where(better_B, new_KB, entry_KB)
         missing_KB = np.where(better_B, new_missing_KB, missing_KB)
@@ -99,7 +98,7 @@ def _search(
     again_B = (scale_B > 0) & (missing_KB.any(axis=0) | (refit == "always"))
     entry_KB = np.where(again_B & (missing_KB | (refit != "missing")), new_KB, entry_KB)
     p, q = fitted(entry_KB)
-    scale_B = np.where(again_B & (q > 0), ratio(p, q), scale_B)
+    scale_B = np.where(again_B & (q > 0), p / q, scale_B)
     signs_8B = np.where(scale_B < 0, ~signs_8B, signs_8B)
     scale_B = np.where(empty_B, np.float32(0), np.abs(scale_B))
     return _Found(scale_B, np.where(empty_B, np.int16(0), entry_KB), np.where(empty_B, np.uint8(0), signs_8B))

@@ -68,8 +68,8 @@ def _scales(x_NB: np.ndarray, w_NB: np.ndarray) -> np.ndarray:
     for t in range(-7, 8):
         sum_wvx_B, sum_wvv_B = sums((np.float32(t) + VALUES[0]) / extreme_B)
         better_B = (sum_wvv_B > 0) & (sum_wvx_B * sum_wvx_B > best_B * sum_wvv_B)
-        scale_B = np.where(better_B, ratio(sum_wvx_B, sum_wvv_B), scale_B)
-        best_B = np.where(better_B, scale_B * sum_wvx_B, best_B)
+        np.putmask(scale_B, better_B, sum_wvx_B / sum_wvv_B)
+        np.putmask(best_B, better_B, scale_B * sum_wvx_B)
     return np.where(zeros_B, np.float32(0), scale_B)
 
 

@@ -120,14 +120,14 @@ def affine(x_NB: np.ndarray, w_NB: np.ndarray, top: int, steps: Steps, *, absolu
         return total(np.multiply(terms_NB, w_NB, out=terms_NB))
 
     sum_w_B, sum_wx_B = total(w_NB), total(w_NB * x_NB)
-    low_B, range_B = lowest_B, high_B - lowest_B
-    grid = best_grid = (np.float32(top) / range_B, low_B)
-    encode(*grid)
-    scale_B = ONE / grid[0]
+    low_B = lowest_B.copy()
+    best_low_B, best_inverse_B = low_B.copy(), np.float32(top) / (high_B - low_B)
+    encode(best_inverse_B, low_B)
+    scale_B = ONE / best_inverse_B
     best_B = error(scale_B, low_B)
     for divisor in steps.divisors(top):
-        grid = (divisor / range_B, low_B)
-        encode(*grid)
+        inverse_B = divisor / (high_B - low_B)
+        encode(inverse_B, low_B)
         np.multiply(w_NB, codes_NB, out=terms_NB)
         sum_wc_B = total(terms_NB)
         sum_wcx_B = total(np.multiply(terms_NB, x_NB, out=products_NB))
@@ -136,18 +136,16 @@ def affine(x_NB: np.ndarray, w_NB: np.ndarray, top: int, steps: Steps, *, absolu
         fit_B = (sum_w_B * sum_wcx_B - sum_wx_B * sum_wc_B) / determinant_B
         fit_low_B = (sum_wcc_B * sum_wx_B - sum_wc_B * sum_wcx_B) / determinant_B
         above_B = fit_low_B > 0
-        fit_B = np.where(above_B, sum_wcx_B / sum_wcc_B, fit_B)
-        fit_low_B = np.where(above_B, np.float32(0), fit_low_B)
+        np.putmask(fit_B, above_B, sum_wcx_B / sum_wcc_B)
+        np.putmask(fit_low_B, above_B, np.float32(0))
         error_B = error(fit_B, fit_low_B)
         better_B = (determinant_B > 0) & (error_B < best_B)
-        best_B = np.where(better_B, error_B, best_B)
-        scale_B = np.where(better_B, fit_B, scale_B)
-        best_grid = tuple(
-            np.where(better_B, new_B, old_B) for new_B, old_B in zip(grid, best_grid, strict=True)
-        )
-        low_B = np.where(better_B, fit_low_B, low_B)
-        range_B = high_B - low_B
-    encode(*best_grid)
+        np.putmask(best_B, better_B, error_B)
+        np.putmask(scale_B, better_B, fit_B)
+        np.putmask(best_inverse_B, better_B, inverse_B)
+        np.putmask(best_low_B, better_B, low_B)
+        np.putmask(low_B, better_B, fit_low_B)
+    encode(best_inverse_B, best_low_B)
     flat_B = high_B == lowest_B
     return Affine(
         np.where(flat_B, np.float32(0), scale_B),
@@ -187,9 +185,9 @@ def symmetric(x_NB: np.ndarray, w_NB: np.ndarray, top: int) -> tuple[np.ndarray,
         encode(inverse_B)
         sum_wxc_B, sum_wcc_B = sums()
         better_B = (sum_wcc_B > 0) & (sum_wxc_B * sum_wxc_B > best_B * sum_wcc_B)
-        scale_B = np.where(better_B, ratio(sum_wxc_B, sum_wcc_B), scale_B)
-        best_B = np.where(better_B, scale_B * sum_wxc_B, best_B)
-        best_inverse_B = np.where(better_B, inverse_B, best_inverse_B)
+        np.putmask(scale_B, better_B, sum_wxc_B / sum_wcc_B)
+        np.putmask(best_B, better_B, scale_B * sum_wxc_B)
+        np.putmask(best_inverse_B, better_B, inverse_B)
     encode(best_inverse_B)
     return np.where(zeros_B, np.float32(0), scale_B), np.where(zeros_B, np.float32(-top), codes_NB)
 
@@ -215,8 +213,9 @@ def one_by_one(x_NB: np.ndarray, w_NB: np.ndarray, top: int) -> tuple[np.ndarray
             new = np.clip(nearest(x * q_rest / p_rest), -top, top - 1).astype(np.float32)
             p_new, q_new = p_rest + wx * new, q_rest + w * new * new
             better = (p_rest > 0) & (new != code) & (q_new > 0) & (p_new * p_new * q > p * p * q_new)
-            codes_NM[n] = np.where(better, new, code)
-            p, q = np.where(better, p_new, p), np.where(better, q_new, q)
+            np.putmask(code, better, new)
+            np.putmask(p, better, p_new)
+            np.putmask(q, better, q_new)
             moved |= better
         codes_NB[:, moving], sum_wxc_B[moving], sum_wcc_B[moving] = codes_NM, p, q
         moving = np.arange(x_NB.shape[1])[moving][moved]
@@ -257,8 +256,9 @@ def positive(x_NB: np.ndarray, w_NB: np.ndarray, top: int) -> tuple[np.ndarray, 
             new = np.minimum(top, nearest(x * q_rest / p_rest)).astype(np.float32)
             p_new, q_new = p_rest + wx * new, q_rest + w * new * new
             better = (p_rest > 0) & (q_rest > 0) & (new != code) & (p_new * p_new * q > p * p * q_new)
-            code[:] = np.where(better, _as_byte(new), code)
-            p, q = np.where(better, p_new, p), np.where(better, q_new, q)
+            np.putmask(code, better, _as_byte(new))
+            np.putmask(p, better, p_new)
+            np.putmask(q, better, q_new)
             moved |= bool(better.any())
         if not moved:
             break
