@@ -200,7 +200,7 @@ def tensor_types(
 ) -> dict[str, TensorType]:
     """For each GGUF name its type in a file of `method`. `weighted`: an importance matrix is used."""
     mixture = MIXTURES[method]
-    head = "output.weight" if "output.weight" in shapes else "token_embd.weight"
+    tied = "output.weight" not in shapes
     of_kind = Counter(filter(None, map(_kind, shapes)))
     seen: Counter[str] = Counter()
     types = {}
@@ -216,7 +216,7 @@ def tensor_types(
             number = place(name)[0] if by_name else seen[kind]
             at = Place(number, of_kind["v"] if kind == "v" else layout.layers, layout, weighted)
             seen[kind] += 1
-            if name == head:
+            if kind == "head" or (kind == "embedding" and tied):
                 chosen = Q8_0 if mixture.most is Q8_0 or width % mixture.most.block else mixture.head
             elif kind == "embedding":
                 chosen = mixture.embedding or mixture.most
@@ -230,7 +230,7 @@ def tensor_types(
 
 _KINDS = {
     "head": r"^output\.weight",
-    "embedding": r"^token_embd\.weight",
+    "embedding": r"^(per_layer_)?token_embd\.weight",
     "v": r"attn_(v|qkv|kv_b)\.weight",
     "k": r"attn_k\.weight",
     "q": r"attn_q\.weight",

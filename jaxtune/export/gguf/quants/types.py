@@ -40,11 +40,6 @@ class TensorType(enum.IntEnum):
         return _BLOCKS[self][1]
 
     @property
-    def bits(self) -> float:
-        """For each number."""
-        return 8 * self.block_bytes / self.block
-
-    @property
     def needs_importance(self) -> bool:
         """So few bits that they are worth nothing unless they go to the columns that matter."""
         return self.name in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
