@@ -142,7 +142,9 @@ def test_a_shard_size_that_is_none(adapted, tmp_path, size):
     [
         ("q8_O", ["'q8_O'", "Did you mean 'q8_0'"]),
         (["f16", "bf61"], ["'bf61'", "Did you mean 'bf16'"]),
-        ("int3", ["one of f32, f16, bf16, q8_0, fast_quantized, not_quantized"]),
+        ("q4km", ["Did you mean 'q4_k_m'"]),
+        ("int3", ["one of f32, f16, bf16, q8_0, q4_0, ", "quantized, ", "not_quantized"]),
+        (["q4_0", "iq2_xs"], ["'iq2_xs' without an importance matrix", "an imatrix_file", "take q2_k"]),
         ([], ["empty list"]),
     ],
 )

@@ -1,5 +1,7 @@
 """A GGUF file of ours as others see it: llama.cpp computes logits and cuts texts, the gguf package reads it."""
 
+import re
+
 import gguf
 import ml_dtypes
 import numpy as np
@@ -7,10 +9,14 @@ import pytest
 
 from jaxtune import get_chat_template
 from jaxtune.export.gguf import tensors
+from jaxtune.export.gguf.mixtures import MIXTURES, tensor_types
+from jaxtune.export.gguf.quants import encode
 from jaxtune.loading.checkpoint import Checkpoint
 from tests.export.adapted import IDS, Adapted
 from tests.export.byte_level import NASTY, SPECIALS, VOCAB, byte_level
+from tests.export.imatrix import write_gguf as write_imatrix
 from tests.export.llama_cpp import LlamaCpp
+from tests.export.test_gguf_quants import ERROR
 from tests.kit import models
 from tests.kit.compare import relative_rms
 
@@ -155,19 +161,85 @@ def test_the_gguf_package_reads_it(llama_3, tmp_path):
     assert read["llama.context_length"] == config.max_position
 
 
-@pytest.mark.parametrize("method", ["f16", "bf16", "q8_0"])
-def test_tensor_types_and_bytes_are_those_of_the_gguf_package(llama_3, tmp_path, method):
-    full, other = llama_3.save_gguf(tmp_path / "out", ["f32", method])
-    kind = gguf.GGMLQuantizationType[method.upper()]
-    exact = {tensor.name: tensor for tensor in gguf.GGUFReader(full).tensors}
-    for tensor in gguf.GGUFReader(other).tensors:
-        is_matrix = len(exact[tensor.name].shape) == 2
-        assert tensor.tensor_type == (kind if is_matrix else gguf.GGMLQuantizationType.F32)
-        shape = tuple(exact[tensor.name].shape)[::-1]
-        values = exact[tensor.name].data.reshape(shape)
-        reference = gguf.quants.quantize(values, tensor.tensor_type)
-        assert tensor.data.tobytes() == reference.tobytes(), tensor.name
-    assert fields(other)["general.file_type"] == gguf.LlamaFileType[f"MOSTLY_{method.upper()}"]
+@pytest.fixture(scope="module")
+def wide_llama(tmp_path_factory):
+    """Wide enough for blocks of 256."""
+    wide = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 32, "num_hidden_layers": 1}
+    return Adapted(tmp_path_factory.mktemp("wide"), **wide)
+
+
+@pytest.fixture(scope="module")
+def importance(wide_llama, tmp_path_factory):
+    """Of the columns of every weight, and the file that says it."""
+    rng = np.random.default_rng(0)
+    config = wide_llama.model.causal_lm.config
+    with Checkpoint(wide_llama.base) as base:
+        names = tensors.gguf_names(config, base.names, "x")
+        shapes = {name: base.shape(names[name]) for name in names if "norm" not in name}
+    found = {name: rng.uniform(0.5, 2, (1, shape[-1])).astype(np.float32) for name, shape in shapes.items()}
+    ones = {name: np.ones((1, 1), np.float32) for name in found}
+    return found, write_imatrix(tmp_path_factory.mktemp("imatrix") / "imatrix.gguf", found, ones)
+
+
+@pytest.fixture(scope="module")
+def every_file(wide_llama, importance, tmp_path_factory):
+    """By method; with an importance matrix those that need one."""
+    files = {}
+    for needed in (False, True):
+        methods = [method for method, mixture in MIXTURES.items() if mixture.needs_importance is needed]
+        folder = tmp_path_factory.mktemp("gguf") / "out"
+        made = wide_llama.save_gguf(folder, methods, imatrix_file=importance[1] if needed else None)
+        files |= dict(zip(methods, made, strict=True))
+    return files
+
+
+@pytest.mark.parametrize("method", MIXTURES)
+def test_a_file_holds_the_merged_weights_in_the_types_of_its_method(
+    wide_llama, importance, every_file, method
+):
+    exact = {tensor.name: tensor for tensor in gguf.GGUFReader(every_file["f32"]).tensors}
+    shapes = {name: tuple(tensor.shape[::-1].tolist()) for name, tensor in exact.items()}
+    weighted = MIXTURES[method].needs_importance
+    layout = tensors.layout(wide_llama.model.causal_lm.config)
+    types = tensor_types(method, shapes, layout, weighted=weighted)
+    reader = gguf.GGUFReader(every_file[method])
+    assert {tensor.name: tensor.tensor_type for tensor in reader.tensors} == types
+    for tensor in reader.tensors:
+        values = exact[tensor.name].data.reshape(shapes[tensor.name])
+        columns = importance[0][tensor.name][0] if weighted and values.ndim == 2 else None
+        expected = encode(values, types[tensor.name], tensor.name, columns)
+        assert tensor.data.tobytes() == expected.tobytes(), tensor.name
+        back = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(values.shape)
+        assert relative_rms(back, values) <= 1.1 * ERROR.get(types[tensor.name].name, 4e-3), tensor.name
+    assert fields(every_file[method])["general.file_type"] == MIXTURES[method].file_type
+
+
+FAR = {32: 1e-4, 16: 0.02, 8: 0.04, 6: 0.1, 5: 0.2, 4: 0.35, 3: 0.65, 2: 0.95, 1: 1.1}
+"""By bits: how far from the merged logits. These are random weights, of which trained ones lose a fraction; logits of
+something else would be 1.4 away."""
+
+
+@pytest.mark.parametrize("method", MIXTURES)
+def test_llama_cpp_runs_every_method(wide_llama, every_file, method):
+    bits = int(re.search(r"\d+", method)[0])
+    assert distance(wide_llama, every_file[method]) < FAR[bits]
+
+
+@pytest.mark.parametrize(
+    ("asked", "written"),
+    [
+        ("quantized", "Q4_K_M"),
+        ("q4_k", "Q4_K_M"),
+        ("q5_k", "Q5_K_M"),
+        ("q3_k_xs", "Q3_K_S"),
+        (None, "Q8_0"),
+        (["q3_k_s", "q3_k_xs", "q3_k"], "Q3_K_S Q3_K_M"),
+    ],
+)
+def test_other_names_of_methods(tmp_path, asked, written):
+    adapted = Adapted(tmp_path, adapter=False, num_hidden_layers=1)
+    made = adapted.save_gguf(tmp_path / "out", asked)
+    assert [path.name for path in made] == [f"Tiny-Llama.{method}.gguf" for method in written.split()]
 
 
 @pytest.mark.parametrize(("stored", "method"), [("bfloat16", "BF16"), ("float16", "F16"), ("float32", "F16")])

@@ -77,5 +77,5 @@ def test_an_unknown_method(trained, tmp_path):
         lost.save_pretrained_merged(tmp_path / "out", save_method="merged_16bits")
     with pytest.raises(OptionError, match="Did you mean 'q8_0'"):
         lost.save_pretrained_gguf(tmp_path / "out", quantization_method="q8")
-    with pytest.raises(OptionError, match="'q4_k_m' is not written by this version"):
-        lost.save_pretrained_gguf(tmp_path / "out", quantization_method=["f16", "q4_k_m"])
+    with pytest.raises(OptionError, match="'iq1_s' without an importance matrix"):
+        lost.save_pretrained_gguf(tmp_path / "out", quantization_method=["f16", "iq1_s"])

@@ -4,16 +4,19 @@ The folder is `<name>_gguf/`, a file in it `<model>.<METHOD>.gguf`, as Unsloth's
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from jaxtune.errors import OptionError, nearest
 from jaxtune.export.gguf import tensors
-from jaxtune.export.gguf.quants import TensorType, encode
+from jaxtune.export.gguf.imatrix import Importance, for_tensor, read_imatrix
+from jaxtune.export.gguf.mixtures import MIXTURES
+from jaxtune.export.gguf.quants import encode
 from jaxtune.export.gguf.vocab import vocabulary
 from jaxtune.export.gguf.writer import TensorInfo, write_gguf
 from jaxtune.export.merge import MergedCheckpoint
@@ -21,31 +24,24 @@ from jaxtune.export.ollama import MODELFILE, modelfile
 from jaxtune.export.weights import Weight
 from jaxtune.folders import named, staged
 from jaxtune.loading.checkpoint import Checkpoint
+from jaxtune.log import counted, get_logger
 from jaxtune.lora.config import LoraConfig, ModuleNames
 from jaxtune.lora.tree import Tree
 from jaxtune.models.config import ModelConfig
 
+log = get_logger(__name__)
 
-class _Method(NamedTuple):
-    matrices: TensorType
-    file_type: int
-    """`general.file_type`."""
-
-
-METHODS = {
-    "f32": _Method(TensorType.F32, 0),
-    "f16": _Method(TensorType.F16, 1),
-    "bf16": _Method(TensorType.BF16, 32),
-    "q8_0": _Method(TensorType.Q8_0, 7),
+ALIASES = {
+    "fast_quantized": "q8_0",
+    "quantized": "q4_k_m",
+    "q3_k": "q3_k_m",
+    "q4_k": "q4_k_m",
+    "q5_k": "q5_k_m",
+    "q3_k_xs": "q3_k_s",
 }
-ALIASES = {"fast_quantized": "q8_0"}
-LATER = tuple(
-    "quantized q2_k q2_k_l q3_k_l q3_k_m q3_k_s q3_k_xs q4_0 q4_1 q4_k q4_k_m q4_k_s q5_0 q5_1 q5_k q5_k_m q5_k_s q6_k"
-    " iq1_s iq1_m iq2_xxs iq2_xs iq2_s iq2_m iq3_xxs iq3_s iq3_m iq4_nl iq4_xs".split()
-)
-"""What llama.cpp and Unsloth also know, and this version does not write."""
 AS_STORED = "not_quantized"
 """16 bits, of the kind that the checkpoint stores."""
+KNOWN = (*MIXTURES, *ALIASES, AS_STORED)
 _QUANTIZATION_VERSION = 2
 
 
@@ -61,10 +57,14 @@ def save_gguf(
     name: str,
     quantization_method: str | Sequence[str] | None = "fast_quantized",
     own: Mapping[str, Weight] | None = None,
+    imatrix_file: str | Path | None = None,
 ) -> list[Path]:
     """Writes `<folder>_gguf/`: a file for each method, and a Modelfile for the first. `name` is what the model is
-    called: its hub id, say, of which files take the last part. Gives the paths of the files."""
-    given = check_methods(quantization_method)
+    called: its hub id, say, of which files take the last part. Gives the paths of the files.
+
+    `imatrix_file` is what llama-imatrix measured with this model; quantised types then keep what matters most."""
+    given = check_methods(quantization_method, imatrix_file)
+    importance = {} if imatrix_file is None else read_imatrix(imatrix_file)
     tensors.require_llama(config)
     folder = Path(f"{named(folder)}_gguf")
     title = Path(name).name or "model"
@@ -78,38 +78,41 @@ def save_gguf(
         names = tensors.gguf_names(config, merged.names, base)
         with staged(folder, marker=MODELFILE) as stage:
             for file, method in zip(files, methods, strict=True):
-                _write(stage / file, merged, config, names, words, METHODS[method], title)
+                _write(stage / file, merged, config, names, words, method, title, importance)
             (stage / MODELFILE).write_text(modelfile(files[0], tokenizer), encoding="utf-8")
     return [folder / file for file in files]
 
 
-def check_methods(given: str | Sequence[str] | None) -> list[str]:
+def check_methods(given: str | Sequence[str] | None, imatrix_file: str | Path | None = None) -> list[str]:
     """The list of what was asked for, every name known; None is the default, as in Unsloth."""
-    known = [*METHODS, *ALIASES, AS_STORED]
     methods = [given] if isinstance(given, str) else ["fast_quantized"] if given is None else list(given)
     if not methods:
         raise OptionError(
             "quantization_method is an empty list.",
-            expected=f"some of {', '.join(known)}.",
+            expected=f"some of {', '.join(KNOWN)}.",
             fix="Leave it out for q8_0.",
         )
     for method in methods:
-        if method in LATER:
-            raise OptionError(
-                f"quantization_method={method!r} is not written by this version.",
-                expected=f"one of {', '.join(known)}, or a list of them.",
-                fix="Take the nearest, q8_0; llama-quantize makes the smaller ones of an f16 file.",
-            )
-        if method not in known:
+        if method not in KNOWN:
             raise OptionError(
                 f"quantization_method={method!r}.",
-                expected=f"one of {', '.join(known)}, or a list of them.",
-                fix="Use one of these." + nearest(str(method), known),
+                expected=f"one of {', '.join(KNOWN)}, or a list of them.",
+                fix="Use one of these." + nearest(str(method), KNOWN),
+            )
+        if imatrix_file is None and method in MIXTURES and MIXTURES[method].needs_importance:
+            raise OptionError(
+                f"quantization_method={method!r} without an importance matrix.",
+                expected="an imatrix_file: this few bits are worth nothing unless they go to the columns that matter.",
+                fix="Give what llama-imatrix measured with this model, or take q2_k, q3_k_s or iq4_xs.",
             )
     return methods
 
 
 def _resolve(method: str, merged: MergedCheckpoint) -> str:
+    if method == "q3_k_xs":
+        log.info(
+            "q3_k_xs is not a type of llama.cpp's any more; q3_k_s, the smallest of 3 bits, is written instead."
+        )
     if method != AS_STORED:
         return ALIASES.get(method, method)
     # float32 becomes f16, which is eight times as precise as bf16; what it cannot hold raises.
@@ -122,27 +125,36 @@ def _write(
     config: ModelConfig,
     names: dict[str, str],
     words: dict[str, Any],
-    method: _Method,
+    method: str,
     title: str,
+    importance: Importance,
 ) -> None:
-    numbers = sum(int(np.prod(merged.shape(name), dtype=np.int64)) for name in names.values())
+    shapes = {name: merged.shape(source) for name, source in names.items()}
     metadata = {
         "general.architecture": "llama",
         "general.type": "model",
         "general.name": title,
-        "general.size_label": size_label(numbers),
-        "general.file_type": np.uint32(method.file_type),
+        "general.size_label": size_label(sum(map(math.prod, shapes.values()))),
+        "general.file_type": np.uint32(MIXTURES[method].file_type),
         "general.quantization_version": np.uint32(_QUANTIZATION_VERSION),
         **tensors.settings(config),
         **words,
     }
-    infos = list(tensors.file_tensors(config, names, lambda name: merged.shape(names[name]), method.matrices))
+    infos = list(tensors.file_tensors(config, shapes, method, weighted=bool(importance)))
+    if importance and MIXTURES[method].most.block > 1:
+        missing = [info.name for info in infos if info.type.block > 1 and info.name not in importance]
+        if missing:
+            log.info(
+                "The importance matrix has nothing for %s: %s.",
+                counted(len(missing), "tensor"),
+                ", ".join(missing[:4]),
+            )
 
     def encoded(info: TensorInfo) -> np.ndarray:
         if info.name == tensors.ROPE_FACTORS:
             return encode(tensors.rope_factors(config), info.type, info.name)
         array = tensors.reorder(config, info.name, merged.read(names[info.name]))
-        return encode(array, info.type, info.name)
+        return encode(array, info.type, info.name, for_tensor(importance, info.name, info.shape))
 
     write_gguf(path, metadata, infos, encoded)
 

@@ -6,13 +6,14 @@ change places for it. Llama 3's stretched wavelengths travel as a tensor of fact
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxtune.errors import CheckpointError, UnsupportedModelError
-from jaxtune.export.gguf.quants import Q8_BLOCK, TensorType
+from jaxtune.export.gguf.mixtures import Layout, place, tensor_types
+from jaxtune.export.gguf.quants import TensorType
 from jaxtune.export.gguf.writer import TensorInfo
 from jaxtune.models.config import LayerKind, ModelConfig
 from jaxtune.models.rope import frequencies
@@ -90,27 +91,22 @@ def gguf_names(c: ModelConfig, hf_names: Iterable[str], source: object) -> dict[
         if (name == "lm_head.weight" and c.tie_word_embeddings) or name.endswith("rotary_emb.inv_freq"):
             continue
         renamed[_gguf_name(name, source)] = name
-    return dict(sorted(renamed.items(), key=lambda item: _place(item[0])))
+    return dict(sorted(renamed.items(), key=lambda item: place(item[0])))
+
+
+def layout(c: ModelConfig) -> Layout:
+    return Layout("llama", c.num_layers, c.num_heads, c.num_kv_heads)
 
 
 def file_tensors(
-    c: ModelConfig,
-    names: Iterable[str],
-    shape: Callable[[str], tuple[int, ...]],
-    kind: TensorType,
+    c: ModelConfig, shapes: Mapping[str, tuple[int, ...]], method: str, *, weighted: bool = False
 ) -> Iterator[TensorInfo]:
-    """What a file whose matrices are of type `kind` holds; `shape(name)` is asked for each of `names`."""
+    """What a file of `method` holds, of tensors of these shapes."""
     if c.ropes[0].kind != "default":
         yield TensorInfo(ROPE_FACTORS, (c.head_dim // 2,), TensorType.F32)
-    for name in names:
-        yield TensorInfo(name, shape(name), tensor_type(name, shape(name), kind))
-
-
-def tensor_type(name: str, shape: tuple[int, ...], kind: TensorType) -> TensorType:
-    """Vectors stay in float32; rows that blocks of 32 do not fill are float16."""
-    if len(shape) < 2 or name.endswith("_norm.weight") or not name.endswith(".weight"):
-        return TensorType.F32
-    return TensorType.F16 if kind is TensorType.Q8_0 and shape[-1] % Q8_BLOCK else kind
+    types = tensor_types(method, shapes, layout(c), weighted=weighted)
+    for name, shape in shapes.items():
+        yield TensorInfo(name, shape, types[name])
 
 
 def reorder(c: ModelConfig, name: str, array: np.ndarray) -> np.ndarray:
@@ -139,9 +135,3 @@ def _gguf_name(name: str, source: object) -> str:
         expected="the weights of a Llama.",
         fix="Remove that tensor from the checkpoint if it is left over from another model.",
     )
-
-
-def _place(name: str) -> tuple[int, str]:
-    """Outside the layers first, then block by block."""
-    first, _, rest = name.partition(".")
-    return (int(rest.split(".")[0]), name) if first == "blk" else (-1, name)

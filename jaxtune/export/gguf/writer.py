@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from jaxtune.export.gguf.quants import TensorType, nbytes
+from jaxtune.export.gguf.quants.types import TensorType, nbytes
 
 ALIGNMENT = 32
 """Of every tensor, counted from the beginning of the data, and of that beginning itself."""
