@@ -126,6 +126,11 @@ class ModelConfig:
         return len(self.layers)
 
     @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The layers' windows, each once."""
+        return tuple(dict.fromkeys(kind.window for kind in self.layers))
+
+    @property
     def attention_scale(self) -> float:
         given = self.attention_multiplier
         return 1 / math.sqrt(self.head_dim) if given is None else given

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from jaxtune.kernels.attention import see
 from jaxtune.models import layer_loop, rope
 from jaxtune.models.cache import KVCache, LayerCache
 from jaxtune.models.config import LayerKind, ModelConfig
@@ -29,7 +30,8 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(c.hidden_size, c)
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.vocab_size, c.hidden_size)
-        self.embedding_multiplier = c.embedding_multiplier
+        self.embedding_multiplier, self.head_dim = c.embedding_multiplier, c.head_dim
+        self.windows = nnx.static(c.windows)
         self.ropes = nnx.static(
             tuple((tuple(rope.frequencies(r, c.head_dim).tolist()), r.attention_factor) for r in c.ropes)
         )
@@ -50,6 +52,7 @@ class Decoder(nnx.Module):
         None is the embedding's. `noise_BTM` is added to what the first layer reads."""
         column = None if cache is None else cache.used
         if cache is not None:
+            pieces = None  # the cache's tokens lie before these
             cache = cache.add_columns(segments_BT, positions_BT)
         where = Where(
             segments_BT,
@@ -58,7 +61,8 @@ class Decoder(nnx.Module):
             positions_BT if cache is None else cache.positions_BS,
             tuple(rope.tables(positions_BT, np.asarray(f, np.float32), factor) for f, factor in self.ropes),
             column,
-            None if cache is not None else pieces,
+            pieces,
+            tuple(see(segments_BT, pieces, window, self.head_dim) for window in self.windows),
         )
         x_BTM = self.embed(tokens_BT, part(lora, "embed_tokens"), dtype)
         x_BTM = x_BTM if noise_BTM is None else x_BTM + noise_BTM.astype(x_BTM.dtype)

@@ -34,8 +34,10 @@ class Where(NamedTuple):
     """cos and sin for each of the model's ropes."""
     column: jax.Array | None
     """The cache's column that the first token goes to; None without a cache."""
-    pieces_GM: jax.Array | None = None
+    pieces_GM: jax.Array | None
     """Lengths of what lies end to end in the rows, if it does (see `kernels.attention`)."""
+    seen: tuple[Any, ...]
+    """What attention knows of these rows, for each of the model's windows."""
 
 
 def part(lora: Any, name: str | int) -> Any:
@@ -114,8 +116,8 @@ class Attention(nnx.Module):
         self.fused, self.qk_norm, self.head_dim, self.q_size, self.kv_size = (
             c.fused_projections, c.qk_norm, c.head_dim, q, kv,
         )  # fmt: skip
-        self.scale, self.softcap, self.window, self.rope = (
-            c.attention_scale, c.attention_softcap, kind.window, kind.rope,
+        self.scale, self.softcap, self.window, self.rope, self.seen = (
+            c.attention_scale, c.attention_softcap, kind.window, kind.rope, c.windows.index(kind.window),
         )  # fmt: skip
 
     def __call__(
@@ -137,6 +139,7 @@ class Attention(nnx.Module):
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,
+            seen=where.seen[self.seen],
         )
         return self.o_proj(out_BTHD.reshape(*x_BTM.shape[:2], -1), part(lora, "o_proj")), cache
 

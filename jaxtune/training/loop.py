@@ -4,6 +4,7 @@ and their loss, not here. The host never waits for the step that it has just dis
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -36,20 +37,19 @@ def run(
     given the batch's facts, and `settle`, by which it has the step's numbers at once, and its own time is not the next
     step's. Of the facts, `sample_ids` are for errors alone. Up to `skips` steps in a row may have a loss or a gradient
     that is not finite; `step` has then to leave the state as it was. `prepare` compiles the step for its arguments."""
-    pending: tuple[int, dict[str, Any], Mapping[str, Any]] | None = None
+    pending: tuple[int, dict[str, Any], Future[float], Mapping[str, Any]] | None = None
     shapes: set[tuple] = set()
     skipped = 0  # in a row
     clock = time.perf_counter()
-    seen_done: float | None = None  # when the pending step was, if that was seen before it was settled
 
     def settle() -> None:
-        nonlocal clock, pending, skipped, seen_done
+        nonlocal clock, pending, skipped
         if pending is None:
             return
-        number, metrics, facts = pending
+        number, metrics, done, facts = pending
         pending = None
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        now, seen_done = seen_done or time.perf_counter(), None
+        now = done.result()
         sample_ids = facts.get("sample_ids")
         facts = {name: fact for name, fact in facts.items() if name != "sample_ids"}
         is_finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
@@ -71,30 +71,35 @@ def run(
         on_record({"step": number, **values, **facts, "step_time_sec": now - clock})
         clock = now
 
-    for number, (batch, facts) in enumerate(batches, start=int(state.step) + 1):
-        shape = batch["tokens"].shape
-        is_new = (program := tuple((name, x.shape) for name, x in sorted(batch.items()))) not in shapes
-        if is_new:
-            # So that the time of compiling is this step's, and the step before it is shown at once.
+    # Dispatching a program with loops takes until it nearly ends: when the one before it did, someone else has to see.
+    with ThreadPoolExecutor(1, "jaxtune-clock") as watcher:
+        for number, (batch, facts) in enumerate(batches, start=int(state.step) + 1):
+            shape = batch["tokens"].shape
+            is_new = (program := tuple((name, x.shape) for name, x in sorted(batch.items()))) not in shapes
+            if is_new:
+                # So that the time of compiling is this step's, and the step before it is shown at once.
+                settle()
+                shapes.add(program)
+                log.info("compiling the step for %d x %d x %d tokens ...", *shape)
+                begun = time.perf_counter()
+                prepare(state, frozen, batch)
+                compiled = time.perf_counter() - begun
+                clock += compiled
+                facts = {**facts, "compile_seconds": compiled}
+            state, metrics = step(state, frozen, batch)
+            on_state(state)
             settle()
-            shapes.add(program)
-            log.info("compiling the step for %d x %d x %d tokens ...", *shape)
-            begun = time.perf_counter()
-            prepare(state, frozen, batch)
-            compiled = time.perf_counter() - begun
-            clock += compiled
-            facts = {**facts, "compile_seconds": compiled}
-        elif pending is not None and all(value.is_ready() for value in pending[1].values()):
-            seen_done = time.perf_counter()  # a program with loops is dispatched until it nearly ends
-        state, metrics = step(state, frozen, batch)
-        on_state(state)
+            pending = (number, metrics, watcher.submit(_when_done, metrics), facts)
+            before = clock
+            goes_on = after_step(facts, settle)
+            if clock != before:  # it settled, and what it did then is not the next step's
+                clock = time.perf_counter()
+            if not goes_on:
+                break
         settle()
-        pending = (number, metrics, facts)
-        before = clock
-        goes_on = after_step(facts, settle)
-        if clock != before:  # it settled, and what it did then is not the next step's
-            clock = time.perf_counter()
-        if not goes_on:
-            break
-    settle()
     return state
+
+
+def _when_done(metrics: Any) -> float:
+    jax.block_until_ready(metrics)
+    return time.perf_counter()

@@ -1,12 +1,14 @@
 """How an op picks its implementation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxtune.kernels import implementations
-from jaxtune.kernels.attention import cudnn
+from jaxtune.kernels.attention import api, attention, cudnn
 from jaxtune.kernels.choice import choose
 from jaxtune.kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -41,22 +43,45 @@ def test_ops_take_the_choice():
 def test_what_cudnn_cannot_do(monkeypatch):
     """On a GPU that has it; here a pretended one."""
     bf16, one, two = np.zeros((1, 8, 4, 64), jnp.bfloat16), np.array([[8]]), np.array([[4, 4]])
+    why_not = functools.partial(cudnn.why_not, sinks_H=None)
     monkeypatch.setattr(cudnn, "capability", lambda: 8.0)
     assert cudnn.why_not_here() is None
-    assert cudnn.why_not(bf16, one, None) is None
-    assert "layout" in cudnn.why_not(bf16, None, None)
-    assert "softcap" in cudnn.why_not(bf16, one, 30.0)
-    assert "float32" in cudnn.why_not(bf16.astype(np.float32), one, None)
-    assert "one token" in cudnn.why_not(bf16[:, :1], np.array([[1]]), None)
-    assert "heads of 36" in cudnn.why_not(bf16[..., :36], one, None)
-    assert "capability 9.0" in cudnn.why_not(bf16, two, None)
+    assert why_not(bf16, one, None) is None
+    assert "layout" in why_not(bf16, None, None)
+    assert "softcap" in why_not(bf16, one, 30.0)
+    assert "sinks" in why_not(bf16, one, None, sinks_H=np.zeros(4))
+    assert "float32" in why_not(bf16.astype(np.float32), one, None)
+    assert "one token" in why_not(bf16[:, :1], np.array([[1]]), None)
+    assert "heads of 36" in why_not(bf16[..., :36], one, None)
+    assert "capability 9.0" in why_not(bf16, two, None)
     monkeypatch.setattr(cudnn, "capability", lambda: 9.0)
-    assert cudnn.why_not(bf16, two, None) is None
+    assert why_not(bf16, two, None) is None
     many = jax.ShapeDtypeStruct((2, 2**19 // 2, 32, 128), "bfloat16")
-    assert cudnn.why_not(many, one, None) is None
-    assert "32 bits" in cudnn.why_not(many, two, None)
+    assert why_not(many, one, None) is None
+    assert "32 bits" in why_not(many, two, None)
     monkeypatch.setattr(cudnn, "capability", lambda: 7.5)
     assert "8.0" in cudnn.why_not_here()
+
+
+def test_which_attention_is_taken_where_both_run(monkeypatch):
+    """Ours in packed rows and windows; of whole rows as long as was measured to be worth it."""
+    monkeypatch.setattr(api, "choose", lambda op, requested, candidates: next(iter(candidates)))
+    taken = []
+    monkeypatch.setattr(api.cudnn, "attention", lambda q, *_, **__: taken.append("cudnn"))
+    monkeypatch.setattr(api.mosaic_gpu, "attention", lambda q, *_, **__: (taken.append("ours"), None))
+
+    def asked(length, size, parts=1, **form):
+        q = jax.ShapeDtypeStruct((1, length, 2, size), jnp.bfloat16)
+        ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        pieces = jax.ShapeDtypeStruct((1, parts), jnp.int32)
+        attention(q, q, q, q_segments_BT=ids, kv_segments_BS=ids, q_positions_BT=ids, kv_positions_BS=ids,
+                  pieces_GM=pieces, scale=1.0, **form)  # fmt: skip
+        return taken.pop()
+
+    assert asked(2048, 128) == asked(4096, 128) == asked(2048, 64) == asked(2048, 256) == "cudnn"
+    assert asked(4096, 96) == "ours"
+    assert asked(16384, 128, parts=2) == asked(16384, 256, parts=2) == asked(16384, 64, window=100) == "ours"
+    assert asked(16384, 256, window=100) == "cudnn"
 
 
 def test_what_cudnn_is_told_of_pieces():

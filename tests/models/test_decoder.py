@@ -47,7 +47,7 @@ def layer_by_layer(model, params, tokens):
     ones = jnp.ones(tokens.shape, jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     turns = tuple(rope.tables(positions, rope.frequencies(r, c.head_dim)) for r in c.ropes)
-    where = Where(ones, positions, ones, positions, turns, None)
+    where = Where(ones, positions, ones, positions, turns, None, None, (None,) * len(c.windows))
     x = params["embed_tokens"]["weight"][tokens]
     for i, kind in enumerate(c.layers):
         definition, state = nnx.split(jax.eval_shape(lambda kind=kind: Block(c, kind)))

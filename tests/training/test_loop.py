@@ -18,23 +18,25 @@ class Late:
     def __init__(self, at):
         self.at = at
 
-    def is_ready(self):
-        return time.perf_counter() >= self.at
+    def block_until_ready(self):
+        time.sleep(max(0.0, self.at - time.perf_counter()))
+        return self
 
     def __array__(self, dtype=None, copy=None):
-        time.sleep(max(0.0, self.at - time.perf_counter()))
+        self.block_until_ready()
         return np.asarray(1.0, dtype)
 
 
-@pytest.mark.parametrize("dispatch_waits", [False, True])
-def test_each_step_has_its_own_time_and_compiling_is_apart(dispatch_waits, monkeypatch):
+@pytest.mark.parametrize(("dispatch_waits", "early"), [(False, 0), (True, 0), (True, STEP / 5)])
+def test_each_step_has_its_own_time_and_compiling_is_apart(dispatch_waits, early, monkeypatch):
+    """`early`: by so much, dispatching does not wait for the end."""
     monkeypatch.setattr(loop.jax, "device_get", lambda tree: {k: np.asarray(v) for k, v in tree.items()})
     done = [0.0]
 
     def step(state, frozen, batch):
         done[0] = max(done[0], time.perf_counter()) + STEP  # the device takes one after the other
         if dispatch_waits:
-            time.sleep(STEP)
+            time.sleep(max(0.0, done[0] - time.perf_counter() - early))
         return state, {"loss": Late(done[0]), "grad_norm": Late(done[0])}
 
     batches = [({"tokens": jnp.zeros((1, 1, 4))}, {"epoch": 1.0})] * 4

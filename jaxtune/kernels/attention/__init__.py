@@ -1,5 +1,5 @@
 """Causal grouped-query attention over segments."""
 
-from jaxtune.kernels.attention.api import attention
+from jaxtune.kernels.attention.api import attention, see
 
-__all__ = ["attention"]
+__all__ = ["attention", "see"]

@@ -1,5 +1,7 @@
 """Causal grouped-query attention over segments: one function, which picks its implementation."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -11,9 +13,9 @@ from jaxtune.kernels.choice import Candidates, choose
 BLOCK = 512
 """Queries at a time on the XLA path: 4 rows x 4096 keys x 32 heads keep 1 GiB of float32 scores."""
 
-OURS_UP_TO = {96: 4096, 128: 2048}
-"""By the head's size, the longest row of one segment at which our kernels were faster than cuDNN on an H100, of 2048,
-4096 and 16384 tokens (docs/kernels.md). They are faster in packed rows, and in windows of heads of up to 128."""
+OURS_UP_TO = {96: 4096}
+"""By the head's size, the longest row of one segment at which a step is faster with our kernels than with cuDNN's, as
+measured on an H100 (docs/kernels.md). They also are in packed rows, and with windows over heads of up to 128."""
 
 NAME = "attention"
 IMPLEMENTATIONS: Candidates = {"cudnn": cudnn.why_not_here, "mosaic_gpu": gpu.why_not_mosaic, "xla": None}
@@ -34,6 +36,7 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks_H: jax.Array | None = None,
+    seen: Any = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Queries [B, T, H, D] against keys and values [B, S, K, D] -> [B, T, H, D].
@@ -67,7 +70,7 @@ def attention(
     if chosen == "mosaic_gpu":
         out, lse_BHT = mosaic_gpu.attention(
             q_BTHD, k_BSKD, v_BSKD, segments_BT=q_segments_BT, scale=scale, window=window, softcap=softcap,
-            packed=pieces_GM is not None and pieces_GM.shape[1] > 1,
+            packed=_are_packed(pieces_GM), seen=seen,
         )  # fmt: skip
         return out if sinks_H is None else with_sinks(out, lse_BHT, sinks_H)
     out = reference.attention(
@@ -87,11 +90,21 @@ def attention(
     return checkpoint_name(out, cudnn.OUTPUT)
 
 
+def see(segments_BT: jax.Array, pieces_GM: jax.Array | None, window: int | None, size: int) -> Any:
+    """What of `attention` is the same in all layers with this window and heads of this size; None if nothing is."""
+    if pieces_GM is None or gpu.why_not_mosaic() is not None or size not in mosaic_gpu.SIZES:
+        return None
+    return mosaic_gpu.see(segments_BT, window, size, _are_packed(pieces_GM))
+
+
+def _are_packed(pieces_GM: jax.Array | None) -> bool:
+    return pieces_GM is None or pieces_GM.shape[1] > 1
+
+
 def _fastest_first(q_BTHD: jax.Array, pieces_GM: jax.Array | None, window: int | None) -> tuple[str, ...]:
     _, length, _, size = q_BTHD.shape
-    packed = pieces_GM is None or pieces_GM.shape[1] > 1
     windowed = window is not None and size <= 128
-    ours = packed or windowed or length <= OURS_UP_TO.get(size, 0)
+    ours = _are_packed(pieces_GM) or windowed or length <= OURS_UP_TO.get(size, 0)
     return ("mosaic_gpu", "cudnn", "xla") if ours else ("cudnn", "mosaic_gpu", "xla")
 
 

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxtune.kernels.attention.intervals import Intervals
 from jaxtune.kernels.attention.mosaic_forward import QUERIES, TILE, WARPGROUPS, capped, places, unit
 
 KEYS = 64
@@ -26,7 +25,8 @@ def gradient_of_queries(
     dout_NHD: jax.Array,
     log_sums_HN: jax.Array,
     delta_HN: jax.Array,
-    seen: Intervals,
+    first_N: jax.Array,
+    edges: jax.Array,
     *,
     scale: float,
     softcap: float | None,
@@ -145,9 +145,7 @@ def gradient_of_queries(
         ],
         interpret=interpret,
     )  # fmt: skip
-    return kernel(
-        q_NHD, k_NKD, v_NKD, dout_NHD, log_sums_HN, delta_HN, seen.first, seen.blocks(QUERIES, keys)
-    )
+    return kernel(q_NHD, k_NKD, v_NKD, dout_NHD, log_sums_HN, delta_HN, first_N, edges)
 
 
 @functools.partial(
@@ -160,7 +158,8 @@ def gradient_of_keys(
     dout_NHD: jax.Array,
     log_sums_HN: jax.Array,
     delta_HN: jax.Array,
-    seen: Intervals,
+    first_N: jax.Array,
+    edges: jax.Array,
     *,
     scale: float,
     softcap: float | None,
@@ -313,6 +312,4 @@ def gradient_of_keys(
         ],
         interpret=interpret,
     )  # fmt: skip
-    return kernel(
-        q_NHD, k_NKD, v_NKD, dout_NHD, log_sums_HN, delta_HN, seen.first, seen.blocks_by(KEYS, queries)
-    )
+    return kernel(q_NHD, k_NKD, v_NKD, dout_NHD, log_sums_HN, delta_HN, first_N, edges)

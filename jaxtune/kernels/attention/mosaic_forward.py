@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxtune.kernels.attention.intervals import Intervals
-
 WARPGROUPS = 2
 QUERIES = 64
 """Of a warpgroup: the rows of one instruction on the tensor cores."""
@@ -29,7 +27,8 @@ def forward(
     q_NHD: jax.Array,
     k_NKD: jax.Array,
     v_NKD: jax.Array,
-    seen: Intervals,
+    first_N: jax.Array,
+    edges: jax.Array,
     *,
     scale: float,
     softcap: float | None,
@@ -37,7 +36,8 @@ def forward(
     stages: tuple[int, int],
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output [N, H, D], and the logarithm to base 2 of each softmax's denominator [H, N], in float32. `keys` in a
+    """Output [N, H, D], and the logarithm to base 2 of each softmax's denominator [H, N], in float32. `first` and the
+    `edges` of each warpgroup's blocks are as in `intervals`. `keys` in a
     block, `stages` of them, and of those of values, on their way or in use. The scale is positive. (Compiled by itself,
     so that all layers share it.)"""
     from jaxtune.kernels.mosaic import (
@@ -180,7 +180,7 @@ def forward(
         ],
         interpret=interpret,
     )
-    return kernel(q_NHD, k_NKD, v_NKD, seen.first, seen.blocks(QUERIES, keys))
+    return kernel(q_NHD, k_NKD, v_NKD, first_N, edges)
 
 
 def unit(scale: float, softcap: float | None) -> float:

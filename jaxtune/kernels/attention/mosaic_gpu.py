@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.kernels.attention import mosaic_backward, mosaic_forward
 from jaxtune.kernels.attention.cudnn import OUTPUT, STATISTICS
-from jaxtune.kernels.attention.intervals import Intervals, intervals
+from jaxtune.kernels.attention.intervals import intervals
 from jaxtune.kernels.attention.mosaic_forward import TILE
 
 SIZES = (64, 96, 128, 256)
@@ -53,6 +53,17 @@ def blocks(size: int, packed: bool) -> Blocks:
     return Blocks((128, (2, 2)), (64, (2, 2)), (64, (2, 2)))
 
 
+class Seen(NamedTuple):
+    """Which tokens see which: the same for all layers with one window."""
+
+    first: jax.Array
+    """Of all tokens (`intervals`)."""
+    forward: jax.Array
+    of_queries: jax.Array
+    of_keys: jax.Array
+    """Each kernel's edges: its blocks, for every warpgroup."""
+
+
 def why_not(q_BTHD: jax.Array, pieces_GM: jax.Array | None) -> str | None:
     """What keeps it from doing this on a machine where it runs."""
     if pieces_GM is None:
@@ -74,29 +85,50 @@ def attention(
     window: int | None,
     softcap: float | None,
     packed: bool = True,
+    seen: Seen | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The output, and [B, H, T] the logarithm of each softmax's denominator, in float32; both mean nothing where a
-    query is padding (0 in `segments`). Each segment is one stretch of its row, `packed` with others or not."""
-    B, T = segments_BT.shape
-    rest = -T % TILE  # a block that began in one row and ended in the next would carry NaN across
-    pad = lambda x: jnp.pad(x, [(0, 0), (0, rest)] + [(0, 0)] * (x.ndim - 2)) if rest else x
-    q, k, v, segments = (pad(x) for x in (q_BTHD, k_BTKD, v_BTKD, segments_BT))
+    query is padding (0 in `segments`). Each segment is one stretch of its row, `packed` with others or not. `seen` is
+    what `see` gives of the same."""
+    _, T, _, size = q_BTHD.shape
+    if seen is None:
+        seen = see(segments_BT, window, size, packed)
+    q, k, v = map(_whole_tiles, (q_BTHD, k_BTKD, v_BTKD))
     flat = lambda x: x.reshape(-1, *x.shape[2:])
-    form = Form(scale, softcap, blocks(q.shape[-1], packed), interpret)
-    out, lse = _attend(flat(q), flat(k), flat(v), intervals(segments, window), form)
-    lse_BHT = jnp.moveaxis(lse.reshape(-1, B, T + rest), 1, 0)
+    form = Form(scale, softcap, blocks(size, packed), interpret)
+    out, lse = _attend(flat(q), flat(k), flat(v), seen, form)
+    lse_BHT = jnp.moveaxis(lse.reshape(-1, *q.shape[:2]), 1, 0)
     return out.reshape(q.shape)[:, :T], lse_BHT[:, :, :T]
 
 
+def see(segments_BT: jax.Array, window: int | None, size: int, packed: bool = True) -> Seen:
+    """For heads of this `size`."""
+    found, of = intervals(_whole_tiles(segments_BT), window), blocks(size, packed)
+    return Seen(
+        found.first,
+        found.blocks(mosaic_forward.QUERIES, of.forward[0]),
+        found.blocks(mosaic_forward.QUERIES, of.of_queries[0]),
+        found.blocks_by(mosaic_backward.KEYS, of.of_keys[0]),
+    )
+
+
+def _whole_tiles(x_BT: jax.Array) -> jax.Array:
+    """Rows of any kind of tokens, padded: a block that began in one and ended in the next would carry NaN across."""
+    rest = -x_BT.shape[1] % TILE
+    return jnp.pad(x_BT, [(0, 0), (0, rest)] + [(0, 0)] * (x_BT.ndim - 2)) if rest else x_BT
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: Intervals, form: Form) -> Any:
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen, form: Form) -> Any:
     return _forward(q, k, v, seen, form)[0]
 
 
 def _forward(q, k, v, seen, form):
     keys, stages = form.blocks.forward
-    out, log_sums = mosaic_forward.forward(q, k, v, seen, **form.settings(), keys=keys, stages=stages)
+    out, log_sums = mosaic_forward.forward(
+        q, k, v, seen.first, seen.forward, **form.settings(), keys=keys, stages=stages
+    )
     out, log_sums = checkpoint_name(out, OUTPUT), checkpoint_name(log_sums, STATISTICS)
     return (out, log_sums * math.log(2)), (q, k, v, seen, out, log_sums)
 
@@ -106,13 +138,12 @@ def _backward(form, kept, gradients):
     dout, dlse = gradients
     # The gradient of the denominators' logarithm is spread over the scores as the weights are.
     delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(axis=-1).T - dlse
-    given = (q, k, v, dout, log_sums, delta, seen)
-    blocks, settings = form.blocks, form.settings()
-    keys, stages = blocks.of_queries
-    dq = mosaic_backward.gradient_of_queries(*given, **settings, keys=keys, stages=stages)
-    queries, stages = blocks.of_keys
+    given, settings = (q, k, v, dout, log_sums, delta, seen.first), form.settings()
+    keys, stages = form.blocks.of_queries
+    dq = mosaic_backward.gradient_of_queries(*given, seen.of_queries, **settings, keys=keys, stages=stages)
+    queries, stages = form.blocks.of_keys
     of_keys = functools.partial(
-        mosaic_backward.gradient_of_keys, *given, **settings, queries=queries, stages=stages
+        mosaic_backward.gradient_of_keys, *given, seen.of_keys, **settings, queries=queries, stages=stages
     )
     if q.shape[-1] <= 128:
         dk, dv = of_keys()
