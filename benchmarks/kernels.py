@@ -5,7 +5,7 @@ longer; both rates are measured in the same run.
     python benchmarks/kernels.py                    # all ops, three models
     python benchmarks/kernels.py --quick            # one model, shorter bulks
     python benchmarks/kernels.py --models tiny      # seconds on a CPU: checks the script
-    python benchmarks/kernels.py --table            # measures nothing: the recorded rows into docs/kernels.md
+    python benchmarks/kernels.py --table            # measures nothing: the rows of a result into docs/kernels.md
 
 Shapes: T tokens in all, M model width, V vocabulary.
 """
@@ -432,9 +432,9 @@ def table_row(row: Mapping[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def with_tables(page: str, text: str) -> str:
-    """The page with this text between its two marks."""
-    mark, end = "<!-- measured: written by benchmarks/kernels.py --table -->", "<!-- /measured -->"
+def with_tables(page: str, name: str, text: str) -> str:
+    """The page with this text between the two marks of a result."""
+    mark, end = f"<!-- {name}.json: written by benchmarks/kernels.py --table -->", f"<!-- /{name}.json -->"
     found = re.subn(f"(?s){mark}.*{end}", lambda _: f"{mark}\n{text}\n{end}", page)
     assert found[1] == 1, "the page has lost its marks"
     return found[0]
@@ -456,7 +456,7 @@ def main():
     args = parser.parse_args()
     if args.table:
         result = json.loads(result_path(args.name).read_text())
-        PAGE.write_text(with_tables(PAGE.read_text(), tables(result)))
+        PAGE.write_text(with_tables(PAGE.read_text(), args.name, tables(result)))
         return
 
     enable_cache()

@@ -60,7 +60,6 @@ _GGUF_WITHOUT_EFFECT = {
     "max_shard_size": ANY,
     "first_conversion": ANY,
     "save_method": (None, "merged_16bit"),
-    "imatrix_file": None,
     "merge_is_disposable": ANY,
 }
 
@@ -230,18 +229,22 @@ class LanguageModel:
         save_directory: str | Path,
         tokenizer: Any = None,
         quantization_method: str | Sequence[str] | None = "fast_quantized",
+        imatrix_file: str | Path | None = None,
         token: str | None = None,
     ) -> list[Path]:
-        """Writes `<save_directory>_gguf/`: the merged model as GGUF, a file for each of f32, f16, bf16, q8_0 that was
-        asked for, and a Modelfile for Ollama.
+        """Writes `<save_directory>_gguf/`: the merged model as GGUF, a file for each method that was asked for, and a
+        Modelfile for Ollama.
 
         Args:
             save_directory: The folder's name, without its ending.
             tokenizer: Whose vocabulary and template the file has; None is the one loaded with the model.
-            quantization_method: One of the types, or several; "fast_quantized" is q8_0.
+            quantization_method: One of llama.cpp's ("q4_k_m", "q8_0", "f16", ...: docs/export.md), or several;
+                "fast_quantized" is q8_0.
+            imatrix_file: What llama-imatrix measured with the model; methods of few bits need it, and all others lose
+                less with it.
             token: The hub's, to fetch original weights that are gated.
         """
-        check_methods(quantization_method)
+        check_methods(quantization_method, imatrix_file)
         return save_gguf(
             save_directory,
             self.original_folder(token),
@@ -251,6 +254,7 @@ class LanguageModel:
             name=self.name_or_path,
             quantization_method=quantization_method,
             own=self._own_weights,
+            imatrix_file=imatrix_file,
         )
 
     def original_folder(self, token: str | None = None) -> Path:

@@ -35,8 +35,9 @@ def test_the_result_names_the_kernels(result: dict):
 
 def test_the_page_takes_the_tables():
     page = kernels.PAGE.read_text()
-    twice = kernels.with_tables(kernels.with_tables(page, "one | two"), "three")
-    assert twice == kernels.with_tables(page, "three")
+    write = lambda page, text: kernels.with_tables(page, "kernels", text)
+    twice = write(write(page, "one | two"), "three")
+    assert twice == write(page, "three")
     assert twice.count("three") == page.count("three") + 1
 
 
@@ -53,8 +54,8 @@ def test_tables_have_a_row_for_every_measurement(result: dict):
     assert text.count("### ") == len(kernels.OPS)
 
 
-def test_the_page_shows_what_is_recorded():
-    path = harness.RESULTS / "kernels.json"
-    recorded = kernels.tables(json.loads(path.read_text())) if path.exists() else "Nothing is recorded yet."
+@pytest.mark.parametrize("name", ["kernels", "kernels-attention"])
+def test_the_page_shows_what_is_recorded(name: str):
+    recorded = kernels.tables(json.loads((harness.RESULTS / f"{name}.json").read_text()))
     page = kernels.PAGE.read_text()
-    assert page == kernels.with_tables(page, recorded)
+    assert page == kernels.with_tables(page, name, recorded)

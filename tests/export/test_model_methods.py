@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM
 
 from jaxtune import FastLanguageModel
 from jaxtune.errors import ModelNotFoundError, OptionError
+from tests.export.imatrix import write_gguf
 from tests.kit import models
 from tests.kit.compare import assert_close, assert_trees_equal, relative_rms
 
@@ -43,6 +44,21 @@ def test_gguf_and_modelfile(trained, tmp_path):
     assert all(file.is_file() for file in files)
     assert {file.suffix for file in files} >= {".gguf"}
     assert (tmp_path / "model_gguf" / "Modelfile").is_file()
+
+
+def test_an_importance_matrix(trained, tmp_path):
+    """Of some methods it is asked for; it changes what others write."""
+    save = trained[0].save_pretrained_gguf
+    with pytest.raises(OptionError, match="imatrix_file"):
+        save(tmp_path / "a", quantization_method="iq2_xs")
+    sums = {"blk.0.attn_v.weight": np.arange(128, dtype=np.float32)[None]}
+    counts = {"blk.0.attn_v.weight": np.ones((1, 1), np.float32)}
+    file = write_gguf(tmp_path / "importance.gguf", sums, counts)
+    (plain,), (weighted,) = (
+        save(tmp_path / name, quantization_method="q5_0", imatrix_file=given)
+        for name, given in (("a", None), ("b", file))
+    )
+    assert plain.read_bytes() != weighted.read_bytes()
 
 
 def test_the_adapter_alone(trained, tmp_path):
