@@ -28,7 +28,7 @@ def ran(tmp_path_factory):
 def test_the_readmes_code_runs(ran):
     folder, names = ran
     assert names["logits"].shape[-1] == 2048
-    for file in ("adapter/adapter_config.json", "merged/model.safetensors", "model_gguf/tiny.Q8_0.gguf"):
+    for file in ("adapter/adapter_config.json", "merged/model.safetensors", "model_gguf/tiny.Q4_K_M.gguf"):
         assert (folder / file).is_file()
 
 
