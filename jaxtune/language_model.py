@@ -14,6 +14,7 @@ from jaxtune.errors import AdapterError, ModelNotFoundError, OptionError, neares
 from jaxtune.export.adapter import save_adapter
 from jaxtune.export.bnb_folder import save_bnb
 from jaxtune.export.gguf.folder import check_methods, save_gguf
+from jaxtune.export.merged_4bit import save_merged_4bit
 from jaxtune.export.merged_folder import parse_size, save_merged_16bit
 from jaxtune.export.weights import Weight, own_weights
 from jaxtune.inference.generate import ends, generate
@@ -61,6 +62,13 @@ _GGUF_WITHOUT_EFFECT = {
     "first_conversion": ANY,
     "save_method": (None, "merged_16bit"),
     "merge_is_disposable": ANY,
+}
+
+
+_MERGES = {
+    "merged_16bit": save_merged_16bit,
+    "merged_4bit": save_merged_4bit,
+    "merged_4bit_forced": save_merged_4bit,
 }
 
 
@@ -193,7 +201,8 @@ class LanguageModel:
         Args:
             save_directory: The folder.
             tokenizer: What is saved with it; None saves none.
-            save_method: "merged_16bit"; or "lora", which writes the adapter alone.
+            save_method: "merged_16bit"; "merged_4bit", which quantises the merge as a bitsandbytes checkpoint (as
+                "merged_4bit_forced" does); or "lora", which writes the adapter alone.
             max_shard_size: The most that one file of weights holds.
             token: The hub's, to fetch original weights that are gated.
         """
@@ -206,14 +215,14 @@ class LanguageModel:
                 )
             self.save_pretrained(save_directory, tokenizer)
             return
-        if save_method != "merged_16bit":
+        if save_method not in _MERGES:
             raise OptionError(
                 f"save_method={save_method!r}.",
-                expected="merged_16bit or lora.",
-                fix=f"Leave save_method out.{nearest(str(save_method), ('merged_16bit', 'lora'))}",
+                expected=f"one of {', '.join(_MERGES)}, or lora.",
+                fix=f"Leave save_method out.{nearest(str(save_method), (*_MERGES, 'lora'))}",
             )
         parse_size(max_shard_size)
-        save_merged_16bit(
+        _MERGES[save_method](
             save_directory,
             self.original_folder(token),
             *self._adapter,

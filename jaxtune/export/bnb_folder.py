@@ -15,6 +15,7 @@ from jaxtune.export.merged_folder import (
     INDEX_FILE,
     SINGLE_FILE,
     _index,
+    _is_tied,
     _refuse_other_models,
     _write_json,
     _write_settings,
@@ -63,7 +64,9 @@ def save_bnb(
             _write_json(stage / INDEX_FILE, _index(shards))
         _write_tokenizer(stage, base, tokenizer)
         dtype = np.dtype(params["norm"]["weight"].dtype)
-        _write_settings(stage, base, model.config, dtype, getattr(tokenizer, "eos_token_id", None))
+        unties = _is_tied(base) and not model.config.tie_word_embeddings
+        end_id = getattr(tokenizer, "eos_token_id", None)
+        _write_settings(stage, base, model.config, dtype, end_id, unties=unties)
         config = json.loads((stage / CONFIG_FILE).read_text(encoding="utf-8"))
         config["quantization_config"] = quantization_config(formats, dtype, kept)
         _write_json(stage / CONFIG_FILE, config)

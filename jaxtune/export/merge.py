@@ -9,6 +9,7 @@ were trained on: the result is "16-bit base + adapter", and differs from the mod
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Self
 
 import jax.numpy as jnp
@@ -108,6 +109,13 @@ class MergedCheckpoint:
         for name, change in changes.items():
             _require_fit(merged, merged.origin(name), change.shape)
         return merged
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoint.folder
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
 
     @property
     def names(self) -> list[str]:

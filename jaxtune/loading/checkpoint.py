@@ -10,10 +10,10 @@ import fnmatch
 import json
 import mmap
 import os
-from collections.abc import Iterable, KeysView, Mapping
+from collections.abc import Collection, Iterable, KeysView, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import ml_dtypes
 import numpy as np
@@ -57,6 +57,25 @@ class _Tensor(NamedTuple):
     shape: tuple[int, ...]
     start: int
     stop: int
+
+
+class Tensors(Protocol):
+    """What weights are read from: a checkpoint, or one that is seen through a merge."""
+
+    @property
+    def folder(self) -> object:
+        """What errors call it."""
+
+    @property
+    def names(self) -> Collection[str]: ...
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> np.dtype: ...
+
+    def read(self, name: str) -> np.ndarray: ...
 
 
 class Checkpoint:

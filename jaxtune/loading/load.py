@@ -19,7 +19,7 @@ from jax import lax
 from jaxtune import quant
 from jaxtune.device_memory import default_device, on_host
 from jaxtune.errors import CheckpointError
-from jaxtune.loading.checkpoint import Checkpoint
+from jaxtune.loading.checkpoint import Tensors
 from jaxtune.loading.plan import CHUNK, Leaf, element, nbytes, plan, some
 from jaxtune.loading.read_ahead import read_ahead
 from jaxtune.loading.room import require_room
@@ -48,7 +48,7 @@ class Piece(NamedTuple):
 
 def load_params(
     model: CausalLM,
-    checkpoint: Checkpoint,
+    checkpoint: Tensors,
     *,
     dtype: jnp.dtype,
     precision: Format | None = None,
@@ -97,7 +97,7 @@ def load_params(
     return params
 
 
-def _pieces(leaf: Leaf, checkpoint: Checkpoint) -> Iterator[Piece]:
+def _pieces(leaf: Leaf, checkpoint: Tensors) -> Iterator[Piece]:
     if leaf.is_stacked:
         yield from (Piece(leaf, source, i) for i, source in enumerate(leaf.sources))
         return
@@ -115,7 +115,7 @@ def _pieces(leaf: Leaf, checkpoint: Checkpoint) -> Iterator[Piece]:
         yield Piece(leaf, source, start, slice(start, start + rows))
 
 
-def _specs(piece: Piece, checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], str]]:
+def _specs(piece: Piece, checkpoint: Tensors) -> dict[str, tuple[tuple[int, ...], str]]:
     """Part -> shape and dtype of what `source.read` will give."""
     source, found = piece.source, {}
     for part, name in source.tensors.items():
@@ -128,13 +128,13 @@ def _specs(piece: Piece, checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, .
     return found | {part: (value.shape, value.dtype.name) for part, value in source.constants.items()}
 
 
-def _size(piece: Piece, checkpoint: Checkpoint) -> int:
+def _size(piece: Piece, checkpoint: Tensors) -> int:
     return sum(
         int(np.prod(shape)) * jnp.dtype(dtype).itemsize for shape, dtype in _specs(piece, checkpoint).values()
     )
 
 
-def _program_key(piece: Piece, checkpoint: Checkpoint) -> tuple[Hashable, ...]:
+def _program_key(piece: Piece, checkpoint: Tensors) -> tuple[Hashable, ...]:
     target, structure = jax.tree.flatten(piece.leaf.target)
     return (
         piece.source.stored,
@@ -192,7 +192,7 @@ def _write(buffer: Any, arrays: Arrays, at: jax.Array, *, stored: Stored, is_sta
     return jax.tree.map(update, buffer, one), finite
 
 
-def _require_finite(checkpoint: Checkpoint, flags: dict[str, list[jax.Array]], dtype: jnp.dtype) -> None:
+def _require_finite(checkpoint: Tensors, flags: dict[str, list[jax.Array]], dtype: jnp.dtype) -> None:
     broken = [name for name, ok in jax.device_get(dict(flags)).items() if not all(ok)]
     if broken:
         raise CheckpointError(

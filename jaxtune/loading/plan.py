@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxtune import quant
 from jaxtune.errors import CheckpointError, OptionError, nearest
-from jaxtune.loading.checkpoint import Checkpoint
+from jaxtune.loading.checkpoint import Tensors
 from jaxtune.loading.stored import Source, recognise
 from jaxtune.log import get_logger
 from jaxtune.models import names
@@ -46,9 +46,7 @@ def is_quantized(path: names.Path, shape: tuple[int, ...]) -> bool:
     return names.is_stacked(path) and path[-1] == "weight" and len(shape) == 3
 
 
-def plan(
-    model: CausalLM, checkpoint: Checkpoint, *, dtype: jnp.dtype, precision: Format | None
-) -> list[Leaf]:
+def plan(model: CausalLM, checkpoint: Tensors, *, dtype: jnp.dtype, precision: Format | None) -> list[Leaf]:
     """A plan for every leaf of the model's skeleton. `precision=None` is the checkpoint's own, or else NF4."""
     shapes = {names.keys(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(model.skeleton)}
     _require_all(model, checkpoint, list(shapes))
@@ -110,7 +108,7 @@ def _kept(path: names.Path, sources: list[Source]) -> Format:
     return Unpacked()
 
 
-def _require_compatible(checkpoint: Checkpoint, kept: set[Format], precision: Format | None) -> None:
+def _require_compatible(checkpoint: Tensors, kept: set[Format], precision: Format | None) -> None:
     found = " and ".join(sorted(format.name for format in kept))
     if precision is None or precision in kept:
         return
@@ -128,7 +126,7 @@ def _require_compatible(checkpoint: Checkpoint, kept: set[Format], precision: Fo
         )
 
 
-def _require_all(model: CausalLM, checkpoint: Checkpoint, paths: list[names.Path]) -> None:
+def _require_all(model: CausalLM, checkpoint: Tensors, paths: list[names.Path]) -> None:
     expected = [name for path in paths for name in names.hf_names(model.config, path)]
     missing = [name for name in expected if name not in checkpoint]
     if missing:
@@ -142,7 +140,7 @@ def _require_all(model: CausalLM, checkpoint: Checkpoint, paths: list[names.Path
         )
 
 
-def _require_tied(checkpoint: Checkpoint) -> None:
+def _require_tied(checkpoint: Tensors) -> None:
     """A head that is stored though it is tied has to be the embedding once more. transformers unties it otherwise."""
     if HEAD not in checkpoint:
         return
@@ -159,7 +157,7 @@ def _require_tied(checkpoint: Checkpoint) -> None:
         )
 
 
-def _report_unknown(model: CausalLM, checkpoint: Checkpoint, sources: list[Source]) -> None:
+def _report_unknown(model: CausalLM, checkpoint: Tensors, sources: list[Source]) -> None:
     known = set().union(*(source.siblings() for source in sources))
     unknown = set(checkpoint.names) - known
     if model.config.tie_word_embeddings:

@@ -23,7 +23,7 @@ from jaxtune.kernels import nf4
 from jaxtune.kernels.nf4 import layout
 from jaxtune.kernels.scaled import Scaled
 from jaxtune.kernels.scaled import dequantize as dequantize_scaled
-from jaxtune.loading.checkpoint import Checkpoint
+from jaxtune.loading.checkpoint import Tensors
 from jaxtune.quant import FourBit, Int8, Int8Array
 from jaxtune.quant.four_bit import ARRAYS
 
@@ -102,7 +102,7 @@ class Source:
     has_own_maps: bool = False
     """Whether its value maps differ from ours in their last bits."""
 
-    def read(self, checkpoint: Checkpoint, rows: slice | None = None) -> Arrays:
+    def read(self, checkpoint: Tensors, rows: slice | None = None) -> Arrays:
         arrays: Arrays = dict(self.constants)
         for part, name in self.tensors.items():
             array = checkpoint.read(name)
@@ -127,7 +127,7 @@ class Source:
         return known | set(self.tensors.values())
 
 
-def recognise(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> Source:
+def recognise(checkpoint: Tensors, name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> Source:
     """How the weight `name` lies there, checked against the `shape` it must have. `dtype` is what it is used in."""
     if f"{name}.absmax" in checkpoint:
         return _bnb4(checkpoint, name, shape)
@@ -155,7 +155,7 @@ def recognise(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: 
     )
 
 
-def _bnb4(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Source:
+def _bnb4(checkpoint: Tensors, name: str, shape: tuple[int, ...]) -> Source:
     values = next((each for each in ARRAYS if f"{name}.{_STATE}{each}" in checkpoint), None)
     if values is None or f"{name}.quant_map" not in checkpoint:
         raise _incomplete(checkpoint, name, f"{name}.quant_map and {name}.{_STATE}nf4 or fp4")
@@ -195,7 +195,7 @@ def _bnb4(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Source:
     return Source(name, stored, tensors, constants, has_own_maps=not all(exact))
 
 
-def _bnb8(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> Source:
+def _bnb8(checkpoint: Tensors, name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> Source:
     module = name.removesuffix("weight")
     _require_shape(checkpoint, name, checkpoint.shape(name), shape)
     layout_name = f"{module}weight_format"
@@ -211,7 +211,7 @@ def _bnb8(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: jnp.
     return Source(name, stored, {"weight": name, "SCB": f"{module}SCB"})
 
 
-def _read_state(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+def _read_state(checkpoint: Tensors, name: str) -> dict[str, Any]:
     try:
         state = json.loads(checkpoint.read(name).tobytes())
         if isinstance(state, dict):
@@ -225,7 +225,7 @@ def _read_state(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
         ) from error
 
 
-def _compare_map(checkpoint: Checkpoint, name: str, ours: np.ndarray) -> bool:
+def _compare_map(checkpoint: Tensors, name: str, ours: np.ndarray) -> bool:
     """Whether the file's values are the very ones that are built into our programs. Another version of torch may have
     rounded them otherwise; anything beyond that is an error."""
     theirs = checkpoint.read(name).astype(np.float32)
@@ -238,7 +238,7 @@ def _compare_map(checkpoint: Checkpoint, name: str, ours: np.ndarray) -> bool:
     return np.array_equal(theirs, ours)
 
 
-def _require_shape(checkpoint: Checkpoint, name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
+def _require_shape(checkpoint: Tensors, name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
     if tuple(found) != tuple(shape):
         raise CheckpointError(
             f"{checkpoint.folder}: {name} has the shape {tuple(found)}.",
@@ -247,7 +247,7 @@ def _require_shape(checkpoint: Checkpoint, name: str, found: tuple[int, ...], sh
         )
 
 
-def _require_scales(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+def _require_scales(checkpoint: Tensors, name: str, shape: tuple[int, ...]) -> None:
     found = checkpoint.shape(name)
     grid = tuple(-(-size // 128) for size in shape)
     if len(shape) != 2 or found not in ((), (1,), (1, 1), grid, shape[:1], (*shape[:1], 1)):
@@ -258,7 +258,7 @@ def _require_scales(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -
         )
 
 
-def _incomplete(checkpoint: Checkpoint, name: str, missing: str) -> CheckpointError:
+def _incomplete(checkpoint: Tensors, name: str, missing: str) -> CheckpointError:
     return CheckpointError(
         f"{checkpoint.folder}: {name} has quantised scales beside it, but not all that belongs to them.",
         expected=f"{missing}.",

@@ -18,7 +18,7 @@ from jaxtune.errors import CheckpointError, OptionError
 from jaxtune.export.bnb_folder import save_bnb
 from jaxtune.quant import FourBit, Int8Array, PackedArray
 from tests.kit import families, models
-from tests.kit.compare import assert_close
+from tests.kit.compare import assert_close, assert_trees_equal
 
 TOKENS = np.random.default_rng(0).integers(0, models.VOCAB, (2, 24))
 KINDS = {
@@ -133,6 +133,23 @@ def test_what_we_quantise_they_load(plain, tmp_path):
     ours.save_pretrained(tmp_path / "ours", tokenizer)
     mine = ours.apply(ours.params, None, jnp.asarray(TOKENS))
     assert_close(mine, logits(load_theirs(tmp_path / "ours")), 1e-5)
+
+
+def test_a_merge_that_is_quantised_then(plain, tmp_path):
+    """They load it; and it is the 16-bit merge, loaded in 4 bits, to the bit."""
+    model, tokenizer = FastLanguageModel.from_pretrained(plain("nf4"), dtype="float32")
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    draw = np.random.default_rng(1)
+    model.lora = jax.tree.map(lambda x: x + 0.05 * draw.standard_normal(x.shape, np.float32), model.lora)
+    model.save_pretrained_merged(tmp_path / "four", tokenizer, save_method="merged_4bit")
+    model.save_pretrained_merged(tmp_path / "sixteen", tokenizer)
+    four, sixteen = (
+        FastLanguageModel.from_pretrained(tmp_path / name, dtype="float32", load_in_4bit=True)[0]
+        for name in ("four", "sixteen")
+    )
+    assert_trees_equal(four.params, sixteen.params)
+    mine = four.apply(four.params, None, jnp.asarray(TOKENS))
+    assert_close(mine, logits(load_theirs(tmp_path / "four")), 1e-5)
 
 
 # Widths that bitsandbytes' own CPU kernel unpacks rightly: not those that are 32 more than a multiple of 64.

@@ -9,7 +9,7 @@ import pytest
 
 from jaxtune.training import loop
 
-STEP, COMPILING = 0.1, 0.3
+STEP, COMPILING = 0.2, 0.5
 
 
 class Late:
