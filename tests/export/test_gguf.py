@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxtune import get_chat_template
-from jaxtune.export.gguf import tensors
+from jaxtune.export.gguf import ropes, tensors
+from jaxtune.export.gguf.architectures import architecture_of
 from jaxtune.export.gguf.mixtures import MIXTURES, tensor_types
 from jaxtune.export.gguf.quants import encode
 from jaxtune.loading.checkpoint import Checkpoint
@@ -88,9 +89,9 @@ def test_q8_0_is_close(llama_3, tmp_path):
 @pytest.mark.parametrize("mistake", ["rows of q and k as they are", "no stretched wavelengths"])
 def test_the_comparison_sees_a_mistake(llama_3, tmp_path, monkeypatch, mistake):
     if mistake == "rows of q and k as they are":
-        monkeypatch.setattr(tensors, "reorder", lambda config, name, array: array)
+        monkeypatch.setattr(tensors, "as_stored", lambda architecture, config, name, array: array)
     else:
-        monkeypatch.setattr(tensors, "rope_factors", lambda config: np.ones(config.head_dim // 2, np.float32))
+        monkeypatch.setattr(ropes, "tensors", lambda config: {})
     (file,) = llama_3.save_gguf(tmp_path / "out")
     assert distance(llama_3, file) > 0.05
 
@@ -200,7 +201,8 @@ def test_a_file_holds_the_merged_weights_in_the_types_of_its_method(
     exact = {tensor.name: tensor for tensor in gguf.GGUFReader(every_file["f32"]).tensors}
     shapes = {name: tuple(tensor.shape[::-1].tolist()) for name, tensor in exact.items()}
     weighted = MIXTURES[method].needs_importance
-    layout = tensors.layout(wide_llama.model.causal_lm.config)
+    config = wide_llama.model.causal_lm.config
+    layout = tensors.layout(architecture_of(config), config)
     types = tensor_types(method, shapes, layout, weighted=weighted)
     reader = gguf.GGUFReader(every_file[method])
     assert {tensor.name: tensor.tensor_type for tensor in reader.tensors} == types
