@@ -3,6 +3,7 @@ that of today's Llama classes."""
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import (
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.export.byte_level import NASTY
 
-SPECIALS = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"]
+SPECIALS = ["<unk>", "<s>", "</s>", "<pad>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 BYTES = [f"<0x{n:02X}>" for n in range(256)]
 SPACE = "\u2581"
 VOCAB = 1000
@@ -46,7 +47,8 @@ def _trained() -> str:
     return json.dumps(spec)
 
 
-def sentence_piece(kind: str) -> PreTrainedTokenizerFast:
+def sentence_piece(kind: str, *, strip: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """`strip`: the special tokens that take the spaces after them."""
     backend = Tokenizer.from_str(_trained())
     spaces = normalizers.Replace(" ", SPACE)
     backend.normalizer, backend.pre_tokenizer = {
@@ -57,7 +59,10 @@ def sentence_piece(kind: str) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.Sequence([
         decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(),
     ])  # fmt: skip
-    backend.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    backend.add_tokens([AddedToken("<think>", special=False, normalized=False, rstrip="<think>" in strip)])
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, rstrip=True) for token in strip if token in SPECIALS]
+    )
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"

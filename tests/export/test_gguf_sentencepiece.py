@@ -6,7 +6,7 @@ from tokenizers import normalizers, pre_tokenizers
 
 from jaxtune.errors import UnsupportedModelError
 from jaxtune.export.gguf.sentencepiece import merge_scores
-from jaxtune.export.gguf.vocab import vocabulary
+from jaxtune.export.gguf.vocab import model_name, vocabulary
 from tests.export.adapted import Adapted
 from tests.export.byte_level import NASTY
 from tests.export.llama_cpp import LlamaCpp
@@ -32,15 +32,35 @@ def test_llama_cpp_cuts_texts_as_the_tokenizer_does(tiny_llama, tmp_path, kind):
     assert not differences(tokenizer, file, NASTY)
 
 
+CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def test_spaces_after_special_tokens_are_theirs_in_a_phi_3(tiny_llama, tmp_path):
+    tokenizer = sentence_piece("first", strip=["<think>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.chat_template = CHAT
+    (file,) = tiny_llama.save_gguf(tmp_path / "out", tokenizer=tokenizer, name="somebody/mine")
+    assert gguf.GGUFReader(file).fields["general.name"].contents() == "mine (phi-3)"
+    # llama.cpp strips ASCII's spaces, tokenizers all.
+    texts = [f"<|im_start|>{text}<|im_end|>\n<|im_start|> \n x" for text in NASTY if text[:1] != "\u00a0"]
+    assert tokenizer("<|im_start|> \na")["input_ids"] == tokenizer("<|im_start|>a")["input_ids"]
+    assert not differences(tokenizer, file, texts)
+
+
+def test_spaces_that_llama_cpp_cannot_give_to_a_token(caplog):
+    assert model_name(sentence_piece("first"), "mine") == "mine"
+    assert model_name(sentence_piece("first"), "my-Phi-3") == "my-phi 3"
+    assert not caplog.messages
+    assert model_name(sentence_piece("first", strip=["<|im_end|>"]), "mine") == "mine"
+    assert "spaces beside <|im_end|>" in caplog.text
+
+
 def test_a_space_before_the_first_word_only(tiny_llama, tmp_path):
     """Which llama.cpp has no word for: what stands after special tokens, or without them, is right."""
     tokenizer = sentence_piece("first")
     special, plain = "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>", "The test of words"
     (file,) = tiny_llama.save_gguf(tmp_path / "out", tokenizer=tokenizer)
     assert set(differences(tokenizer, file, [special, plain])) == {special}
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    )
+    tokenizer.chat_template = CHAT
     (file,) = tiny_llama.save_gguf(tmp_path / "chat", tokenizer=tokenizer)
     assert set(differences(tokenizer, file, [special, plain])) == {plain}
 

@@ -18,7 +18,7 @@ from jaxtune.export.gguf.architectures import Architecture, architecture_of
 from jaxtune.export.gguf.imatrix import Importance, for_tensor, read_imatrix
 from jaxtune.export.gguf.mixtures import MIXTURES
 from jaxtune.export.gguf.quants import encode
-from jaxtune.export.gguf.vocab import vocabulary
+from jaxtune.export.gguf.vocab import model_name, vocabulary
 from jaxtune.export.gguf.writer import TensorInfo, write_gguf
 from jaxtune.export.merge import MergedCheckpoint
 from jaxtune.export.ollama import MODELFILE, modelfile
@@ -75,11 +75,14 @@ def save_gguf(
         architecture = architecture_of(config)
         methods = list(dict.fromkeys(_resolve(method, merged) for method in given))
         files = [f"{title}.{method.upper()}.gguf" for method in methods]
-        words = vocabulary(tokenizer, config.vocab_size)
+        words = {
+            "general.name": model_name(tokenizer, title),
+            **vocabulary(tokenizer, config.vocab_size),
+        }
         names = tensors.gguf_names(config, merged.names, base)
         with staged(folder, marker=MODELFILE) as stage:
             for file, method in zip(files, methods, strict=True):
-                _write(stage / file, merged, architecture, config, names, words, method, title, importance)
+                _write(stage / file, merged, architecture, config, names, words, method, importance)
             (stage / MODELFILE).write_text(modelfile(files[0], tokenizer), encoding="utf-8")
     return [folder / file for file in files]
 
@@ -128,14 +131,12 @@ def _write(
     names: dict[str, str],
     words: dict[str, Any],
     method: str,
-    title: str,
     importance: Importance,
 ) -> None:
     shapes = {name: merged.shape(source) for name, source in names.items()}
     metadata = {
         "general.architecture": architecture.name,
         "general.type": "model",
-        "general.name": title,
         "general.size_label": size_label(sum(map(math.prod, shapes.values()))),
         "general.file_type": np.uint32(MIXTURES[method].file_type),
         "general.quantization_version": np.uint32(_QUANTIZATION_VERSION),

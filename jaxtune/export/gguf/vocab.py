@@ -6,6 +6,7 @@ llama.cpp would do differently raises: a file that tokenises another way than th
 """
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,17 @@ from jaxtune.data.encoding import prefix_ids
 from jaxtune.data.templates import template_of
 from jaxtune.errors import UnsupportedModelError
 from jaxtune.export.gguf import pretokenizers, sentencepiece
+from jaxtune.log import get_logger
+
+log = get_logger(__name__)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of tokens, by their numbers in the file. Control tokens are never read out of a user's text."""
+
+_PHI_3 = re.compile("phi-?3", re.IGNORECASE)
+_NEVER_STRIP = {"<unk>", "<s>", "<|endoftext|>"}
+_PHI_3_HAS = {*_NEVER_STRIP, "</s>"}
+"""Without these, llama.cpp does not load what is called so."""
 
 
 def vocabulary(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
@@ -35,6 +44,22 @@ def vocabulary(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
     if isinstance(tokenizer.chat_template, str):
         found["tokenizer.chat_template"] = tokenizer.chat_template
     return found
+
+
+def model_name(tokenizer: Any, title: str) -> str:
+    """`general.name`, by which alone llama.cpp knows whether special tokens take the spaces after them: all do but
+    three in what is called Phi-3, none in anything else."""
+    added = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
+    greedy = [name for name, token in added.items() if token.lstrip or token.rstrip]
+    expected = [name for name in added if name not in _NEVER_STRIP]
+    if _PHI_3_HAS <= set(added) and greedy == expected and not any(token.lstrip for token in added.values()):
+        return title if _PHI_3.search(title) else f"{title} (phi-3)"
+    if greedy:
+        log.warning(
+            "The tokenizer takes spaces beside %s as part of these tokens; llama.cpp will not.",
+            ", ".join(greedy),
+        )
+    return _PHI_3.sub("phi 3", title)
 
 
 def _byte_level(
