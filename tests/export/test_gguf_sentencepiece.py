@@ -87,11 +87,17 @@ def test_scores_are_the_order_of_what_merges_make():
     assert merge_scores(merges, vocab, {"<x>"}) == {"ab": 0, "bc": -1, "abc": -2}
 
 
+def test_runs_of_one_character_may_share_a_score():
+    merges = [("a", "b"), ("_", "_"), ("__", "__"), ("__", "_"), ("___", "_"), ("_", "__"), ("_", "___")]
+    vocab = {token: n for n, token in enumerate(["a", "b", "_", "ab", "__", "___", "____"])}
+    assert merge_scores(merges, vocab, set()) == {"ab": 0, "__": -1, "___": -2, "____": -2}
+
+
 @pytest.mark.parametrize(
     ("merges", "reason"),
     [
         ([("a", "b"), ("b", "c"), ("ab", "c")], "'a' and 'bc' are not merged, though 'abc' is a token"),
-        ([("ab", "c"), ("a", "b"), ("b", "c"), ("a", "bc")], "the merges that make 'abc' do not follow"),
+        ([("ab", "c"), ("a", "b"), ("b", "c"), ("a", "bc")], "the merges that make 'ab' do not follow"),
     ],
 )
 def test_merges_that_scores_cannot_say_are_refused(merges, reason):

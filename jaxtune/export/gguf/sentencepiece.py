@@ -5,7 +5,7 @@ neighbours make the token of the highest. These are the same if the list is sort
 way to make it: as lists are that were made of a SentencePiece model.
 """
 
-import itertools
+import json
 import re
 from typing import Any
 
@@ -22,12 +22,20 @@ _PROBES = ("a  b\n c", "ﬁ e\u0301 ½ Ａ\u00a0\t\r\nx ", "你好 🙂")
 
 def merge_scores(merges: list[tuple[str, str]], vocab: dict[str, int], added: set[str]) -> dict[str, float]:
     """The score of each token that merges make: the earlier, the higher. `added` ones are found in the text before."""
-    scores: dict[str, float] = {}
     listed = {pair: made for pair in merges if (made := "".join(pair)) not in added}
-    for rank, (made, _) in enumerate(itertools.groupby(listed.values())):
-        if made in scores:
+    scores: dict[str, float] = {}
+    last_of = {made: rank for rank, made in enumerate(listed.values())}
+    group: set[str] = set()
+    end = score = 0
+    for rank, made in enumerate(listed.values()):
+        if rank > end:
+            group, score = set(), score - 1
+        group.add(made)
+        end = max(end, last_of[made])
+        scores[made] = score
+        # Runs of spaces have one score in Llama 2's model, so that the merges that make them are mixed.
+        if len(group) > 1 and len(set("".join(group))) > 1:
             raise _no_sentencepiece(f"the merges that make {made!r} do not follow one another")
-        scores[made] = -float(rank)
     for token in vocab:
         if token in added:
             continue
@@ -49,17 +57,18 @@ def space_prefix(backend: Any, tokenizer: Any) -> bool:
         raise _no_sentencepiece(f"it makes {_whole(backend, _PROBES[0])!r} of {_PROBES[0]!r}")
     if _whole(backend, " a") == f"{SPACE}{SPACE}a":
         return True
-    # A prefix at the very beginning only, where llama.cpp puts one after every special token or nowhere.
-    if _begins_with_a_special(tokenizer):
+    always = json.loads(backend.to_str())["pre_tokenizer"].get("prepend_scheme") == "always"
+    if always or not _begins_with_a_special(tokenizer):
         log.info(
-            "The tokenizer puts a space before a text, unless it begins with a special token, as its chat template "
-            "does: llama.cpp cannot tell these apart, and is told to put none."
-        )
-        return False
+            "The tokenizer puts a space before a text that begins with none%s: llama.cpp will put one before all, and "
+            "after special tokens.", ", or after a special token" if always else "",
+        )  # fmt: skip
+        return True
     log.info(
-        "The tokenizer puts a space before a text: llama.cpp will also put one after each special token in it."
+        "The tokenizer puts a space before a text, unless it begins with a special token, as its chat template does: "
+        "llama.cpp cannot tell these apart, and is told to put none."
     )
-    return True
+    return False
 
 
 def _whole(backend: Any, text: str) -> str:
