@@ -55,6 +55,7 @@ def sentence_piece(kind: str, *, strip: Sequence[str] = ()) -> PreTrainedTokeniz
         "gemma": (spaces, pre_tokenizers.Split(" ", "merged_with_previous")),
         "llama 2": (normalizers.Sequence([normalizers.Prepend(SPACE), spaces]), None),
         "first": (None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False)),
+        "always": (None, pre_tokenizers.Metaspace(prepend_scheme="always", split=False)),
     }[kind]
     backend.decoder = decoders.Sequence([
         decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(),

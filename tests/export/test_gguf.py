@@ -107,6 +107,18 @@ def test_llama_cpp_cuts_texts_as_the_tokenizer_does(tmp_path, kind):
     assert not {text: ids for text, ids in differ.items() if ids[0] != ids[1]}
 
 
+@pytest.mark.parametrize("kind", ["tekken", "gpt-4o"])
+def test_where_llama_cpp_cuts_nearly_as_the_tokenizer_does(tmp_path, caplog, kind):
+    adapted = Adapted(tmp_path, adapter=False, vocab_size=VOCAB, num_hidden_layers=1)
+    tokenizer = byte_level(kind)
+    (file,) = adapted.save_gguf(tmp_path / "out", tokenizer=tokenizer)
+    assert f"{kind!r} cuts words otherwise" in caplog.text
+    llama_cpp = LlamaCpp(file)
+    assert fields(file)["tokenizer.ggml.pre"] == kind
+    differ = [text for text in NASTY if llama_cpp.tokenize(text) != tokenizer(text)["input_ids"]]
+    assert differ == ["नमस्ते क्षि"]
+
+
 def test_the_vocabulary(tmp_path):
     adapted = Adapted(tmp_path, adapter=False, vocab_size=VOCAB, num_hidden_layers=1)
     tokenizer = get_chat_template(byte_level("llama-bpe"), "llama-3.1")

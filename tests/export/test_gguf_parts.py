@@ -14,7 +14,7 @@ from jaxtune.export.gguf.quants import TensorType, encode
 from jaxtune.export.gguf.writer import TensorInfo, write_gguf
 from jaxtune.models.config import RopeConfig
 from jaxtune.models.rope import frequencies
-from tests.export.byte_level import LLAMA_3
+from tests.export.byte_level import GPT_4O, LLAMA_3, TEKKEN
 from tests.kit import tiny
 
 LLAMA_3_ROPE = RopeConfig(
@@ -228,6 +228,8 @@ GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
         (split(LLAMA_3.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "'(?i:[sdmt]|ll|ve|re)")), "llama-bpe"),
         (split(LLAMA_3.replace("{1,3}", "")), "qwen2"),  # cuts every digit
         (split(GPT_2), "gpt-2"),
+        (split(TEKKEN), "tekken"),
+        (split(GPT_4O), "gpt-4o"),
         (pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False), "gpt-2"),
     ],
 )

@@ -32,6 +32,13 @@ def test_llama_cpp_cuts_texts_as_the_tokenizer_does(tiny_llama, tmp_path, kind):
     assert not differences(tokenizer, file, NASTY)
 
 
+def test_a_space_before_everything_that_begins_with_none(tiny_llama, tmp_path):
+    """Where a text begins with a space, llama.cpp puts another before it, as SentencePiece does."""
+    tokenizer = sentence_piece("always")
+    (file,) = tiny_llama.save_gguf(tmp_path / "out", tokenizer=tokenizer)
+    assert set(differences(tokenizer, file, NASTY)) == {text for text in NASTY if text.startswith(" ")}
+
+
 CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 
 
