@@ -1,5 +1,6 @@
 """Every family as a GGUF: llama.cpp gives the logits of transformers, and writes what transformers writes."""
 
+import json
 from pathlib import Path
 
 import gguf
@@ -8,12 +9,13 @@ import pytest
 import torch
 
 from jaxtune.export.gguf import ropes, tensors
+from jaxtune.export.gguf.architectures import architecture_of
 from jaxtune.export.gguf.folder import save_gguf
 from jaxtune.loading.config import read_config
 from jaxtune.models import names
 from jaxtune.models.families import FAMILIES
 from tests.export.llama_cpp import LlamaCpp
-from tests.kit import families, models
+from tests.kit import families, models, published
 from tests.kit.compare import relative_rms
 
 SIZES = {
@@ -184,3 +186,34 @@ def test_the_comparison_sees_a_mistake(tmp_path, monkeypatch, mistake):
     model, _ = made(case)
     (full,) = export(model, tmp_path, ["f32"])
     assert distance(model, LlamaCpp(full), (BEYOND,)) > 0.05
+
+
+PUBLISHED = {
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma", "gemma2": "gemma2",
+    "gemma3_text": "gemma3", "phi3": "phi3", "olmo2": "olmo2", "granite": "granite", "smollm3": "smollm3",
+}  # fmt: skip
+
+
+def architecture_of_settings(settings: dict, folder: Path) -> str:
+    (folder / "config.json").write_text(json.dumps(settings))
+    hf = read_config(folder)
+    return architecture_of(FAMILIES[hf["model_type"]](hf)).name
+
+
+@pytest.mark.parametrize("model", published.FACTS)
+def test_published_models_have_an_architecture(tmp_path, model):
+    settings = published.FACTS[model].config
+    assert architecture_of_settings(settings, tmp_path) == PUBLISHED[settings["model_type"]]
+
+
+OF_FAMILIES = [
+    folder
+    for folder in published.folders("config.json")
+    if json.loads((folder / "config.json").read_text())["model_type"] in PUBLISHED
+]
+
+
+@pytest.mark.parametrize("folder", OF_FAMILIES, ids=lambda folder: folder.name)
+def test_published_configs_have_an_architecture(tmp_path, folder):
+    settings = json.loads((folder / "config.json").read_text())
+    assert architecture_of_settings(settings, tmp_path) == PUBLISHED[settings["model_type"]]
