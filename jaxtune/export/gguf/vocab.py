@@ -1,9 +1,9 @@
 """A tokenizer as GGUF key/values: tokens, their types, merges or scores, special ids, the chat template. It is a
 byte-level BPE (Llama 3, Qwen) or one of SentencePiece's (Gemma, Llama 2, Phi-3).
 
-The source of truth is what the loaded tokenizer would save as tokenizer.json, and what it does to a text. What llama.cpp
-would do differently raises: a file that tokenises another way than the model was trained is worse than none. Where
-llama.cpp has no other form for a family's own tokenizer, and the difference is at the edges, the log says it.
+The source of truth is what the loaded tokenizer would save as tokenizer.json, and what it does to a text. What
+llama.cpp would do differently raises: a file that tokenises another way than the model was trained is worse than none.
+Where llama.cpp has no other form for a family's own tokenizer, and the difference is at the edges, the log says it.
 """
 
 import json
