@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers of the three kinds that Llamas come with, trained on this very file, and nasty texts."""
+"""Byte-level BPE tokenizers of the kinds that models come with, trained on this very file, and nasty texts."""
 
 import functools
 from pathlib import Path
@@ -20,6 +20,20 @@ LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )  # as in the published tokenizer.json
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT_4O = TEKKEN.replace("+|[^", "+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^").replace(
+    r"*|\p{N}|", r"*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}|"
+)
+EXPRESSIONS = {
+    "llama-bpe": LLAMA_3,
+    "qwen2": LLAMA_3.replace("{1,3}", ""),
+    "tekken": TEKKEN,
+    "gpt-4o": GPT_4O,
+}
 SPECIALS = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
     "<|im_start|>", "<|im_end|>", "<|finetune_right_pad_id|>",
@@ -48,14 +62,14 @@ def _pre_tokenizer(kind: str) -> pre_tokenizers.PreTokenizer:
     if kind == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
     return pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(LLAMA_3.replace("{1,3}", "") if kind == "qwen2" else LLAMA_3), "isolated"),
+        pre_tokenizers.Split(Regex(EXPRESSIONS[kind]), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
 
 
 @functools.cache
 def _trained(kind: str) -> str:
-    backend = Tokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
+    backend = Tokenizer(models.BPE(ignore_merges=kind in ("llama-bpe", "tekken")))
     backend.pre_tokenizer = _pre_tokenizer(kind)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

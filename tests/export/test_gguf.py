@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxtune import get_chat_template
-from jaxtune.export.gguf import tensors
+from jaxtune.export.gguf import ropes, tensors
+from jaxtune.export.gguf.architectures import architecture_of
 from jaxtune.export.gguf.mixtures import MIXTURES, tensor_types
 from jaxtune.export.gguf.quants import encode
 from jaxtune.loading.checkpoint import Checkpoint
@@ -88,9 +89,9 @@ def test_q8_0_is_close(llama_3, tmp_path):
 @pytest.mark.parametrize("mistake", ["rows of q and k as they are", "no stretched wavelengths"])
 def test_the_comparison_sees_a_mistake(llama_3, tmp_path, monkeypatch, mistake):
     if mistake == "rows of q and k as they are":
-        monkeypatch.setattr(tensors, "reorder", lambda config, name, array: array)
+        monkeypatch.setattr(tensors, "as_stored", lambda architecture, config, name, array: array)
     else:
-        monkeypatch.setattr(tensors, "rope_factors", lambda config: np.ones(config.head_dim // 2, np.float32))
+        monkeypatch.setattr(ropes, "tensors", lambda config: {})
     (file,) = llama_3.save_gguf(tmp_path / "out")
     assert distance(llama_3, file) > 0.05
 
@@ -104,6 +105,18 @@ def test_llama_cpp_cuts_texts_as_the_tokenizer_does(tmp_path, kind):
     assert fields(file)["tokenizer.ggml.pre"] == kind
     differ = {text: (llama_cpp.tokenize(text), tokenizer(text)["input_ids"]) for text in NASTY}
     assert not {text: ids for text, ids in differ.items() if ids[0] != ids[1]}
+
+
+@pytest.mark.parametrize("kind", ["tekken", "gpt-4o"])
+def test_where_llama_cpp_cuts_nearly_as_the_tokenizer_does(tmp_path, caplog, kind):
+    adapted = Adapted(tmp_path, adapter=False, vocab_size=VOCAB, num_hidden_layers=1)
+    tokenizer = byte_level(kind)
+    (file,) = adapted.save_gguf(tmp_path / "out", tokenizer=tokenizer)
+    assert f"{kind!r} cuts words otherwise" in caplog.text
+    llama_cpp = LlamaCpp(file)
+    assert fields(file)["tokenizer.ggml.pre"] == kind
+    differ = [text for text in NASTY if llama_cpp.tokenize(text) != tokenizer(text)["input_ids"]]
+    assert differ == ["नमस्ते क्षि"]
 
 
 def test_the_vocabulary(tmp_path):
@@ -200,7 +213,8 @@ def test_a_file_holds_the_merged_weights_in_the_types_of_its_method(
     exact = {tensor.name: tensor for tensor in gguf.GGUFReader(every_file["f32"]).tensors}
     shapes = {name: tuple(tensor.shape[::-1].tolist()) for name, tensor in exact.items()}
     weighted = MIXTURES[method].needs_importance
-    layout = tensors.layout(wide_llama.model.causal_lm.config)
+    config = wide_llama.model.causal_lm.config
+    layout = tensors.layout(architecture_of(config), config)
     types = tensor_types(method, shapes, layout, weighted=weighted)
     reader = gguf.GGUFReader(every_file[method])
     assert {tensor.name: tensor.tensor_type for tensor in reader.tensors} == types

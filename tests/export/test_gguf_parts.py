@@ -7,14 +7,19 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 
 from jaxtune.errors import OptionError, UnsupportedModelError
-from jaxtune.export.gguf import pretokenizers, tensors
+from jaxtune.export.gguf import pretokenizers, ropes, tensors
+from jaxtune.export.gguf.architectures import architecture_of
 from jaxtune.export.gguf.folder import size_label
 from jaxtune.export.gguf.quants import TensorType, encode
 from jaxtune.export.gguf.writer import TensorInfo, write_gguf
 from jaxtune.models.config import RopeConfig
-from tests.export.byte_level import LLAMA_3
+from jaxtune.models.rope import frequencies
+from tests.export.byte_level import GPT_4O, LLAMA_3, TEKKEN
 from tests.kit import tiny
 
+LLAMA_3_ROPE = RopeConfig(
+    theta=1e4, kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=32
+)
 RNG = np.random.default_rng(0)
 HALVES = np.where(np.arange(32) == 0, 127, np.arange(32) - 15.5).astype(np.float32)  # every code is a tie
 VALUES = {
@@ -77,14 +82,15 @@ def test_every_kind_of_value_comes_back(tmp_path):
         ("blk.0.ffn_up.weight", (64, 80), "F16"),
         ("blk.0.attn_norm.weight", (64,), "F32"),
         ("blk.0.attn_q.bias", (64,), "F32"),
-        (tensors.ROPE_FACTORS, (32,), "F32"),
+        (ropes.FACTORS, (16,), "F32"),
     ],
 )
 def test_which_type_a_tensor_gets_in_a_q8_0_file(name, shape, type):
-    config = tiny.model(rope=RopeConfig(theta=1e4, kind="linear", factor=2.0)).config
-    shapes = {} if name == tensors.ROPE_FACTORS else {name: shape}
-    (info,) = (info for info in tensors.file_tensors(config, shapes, "q8_0") if info.name == name)
-    assert info.type is TensorType[type]
+    config = tiny.model(rope=LLAMA_3_ROPE).config
+    shapes = {} if name == ropes.FACTORS else {name: shape}
+    infos = tensors.file_tensors(architecture_of(config), config, shapes, "q8_0")
+    (info,) = (info for info in infos if info.name == name)
+    assert (info.shape, info.type) == (shape, TensorType[type])
 
 
 def test_tensors_are_in_the_order_of_the_layers():
@@ -101,32 +107,101 @@ def test_a_stored_head_of_a_tied_model_and_stored_frequencies_are_left_out():
     assert tensors.gguf_names(config, stored, "x") == {"output_norm.weight": "model.norm.weight"}
 
 
+GEMMA = {
+    "norm_adds_one": True, "activation": "gelu_tanh", "embedding_multiplier": 128**0.5, "tie_word_embeddings": True,
+}  # fmt: skip
+DYNAMIC = RopeConfig(theta=1e4, kind="dynamic", factor=2.0, original_max_position=32, length=64)
+YARN = RopeConfig(theta=1e4, kind="yarn", factor=4.0, attention_factor=1.3, original_max_position=32)
+
+
 @pytest.mark.parametrize(
     ("overrides", "what"),
     [
-        ({"qkv_bias": True}, "qkv_bias without o_bias"),
-        ({"windows": (8, 8)}, "windows"),
-        ({"qk_norm": "head"}, "qk_norm"),
-        ({"fused_projections": True}, "fused_projections"),
-        ({"norms": "both", "logit_softcap": 30.0}, "norms, logit_softcap"),
-        ({"rope": RopeConfig(theta=1e4, dim=16)}, "partial"),
+        ({"qk_norm": "head", "o_bias": True}, "qwen3 but for o_bias=True"),
+        ({"norms": "both", "logit_softcap": 30.0}, "norms='both'"),
         (
-            {"rope": RopeConfig(theta=1e4, kind="yarn", attention_factor=1.1, original_max_position=8)},
-            "scaled",
+            {"attention_multiplier": 0.5, "qk_norm": "head"},
+            r"qwen3 but for scores multiplied by 0.5 \(not 0.1768\)",
         ),
-        ({"residual_multiplier": 0.5}, "residual_multiplier"),
+        ({"rope": RopeConfig(theta=1e4, dim=16)}, "a rotary embedding of 16 of 32 numbers"),
+        ({"rope": DYNAMIC, "qk_norm": "head"}, "qwen3 but for a rotary embedding of the kind 'dynamic'"),
+        ({"head_dim": 48, "fused_projections": True}, "phi3 but for 4 heads of 48 in a width of 128"),
+        ({**GEMMA, "tie_word_embeddings": False}, "gemma but for a head of its own"),
+        ({**GEMMA, "embedding_multiplier": 3.0}, "embedding_multiplier=3.0"),
+        ({**GEMMA, "norms": "both", "attention_softcap": 50.0, "windows": (8, None)}, "logit_softcap=None"),
+        (
+            {
+                **GEMMA,
+                "norms": "both",
+                "attention_softcap": 50.0,
+                "logit_softcap": 30.0,
+                "windows": (None, 8),
+            },
+            "gemma2 but for windows in other layers",
+        ),
     ],
 )
-def test_what_is_more_than_a_llama_is_refused(overrides, what):
+def test_what_no_architecture_computes_is_refused(overrides, what):
     with pytest.raises(UnsupportedModelError, match=what):
-        tensors.require_llama(tiny.model(**overrides).config)
+        architecture_of(tiny.model(**overrides).config)
 
 
-def test_a_llama_with_biases_or_stretched_wavelengths_is_one():
-    linear = RopeConfig(theta=1e4, kind="linear", factor=2.0)
-    config = tiny.model(qkv_bias=True, o_bias=True, mlp_bias=True, rope=linear).config
-    tensors.require_llama(config)
-    np.testing.assert_allclose(tensors.rope_factors(config), 2.0)
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ({"qkv_bias": True, "o_bias": True, "mlp_bias": True, "rope": DYNAMIC}, "llama"),
+        ({"windows": (8, 8)}, "llama"),
+        ({"qkv_bias": True, "windows": (None, 8)}, "qwen2"),
+        ({"qkv_bias": True, "head_dim": 48}, "llama"),
+        ({"residual_multiplier": 0.5}, "granite"),
+        (GEMMA, "gemma"),
+    ],
+)
+def test_which_architecture_a_model_is(overrides, name):
+    assert architecture_of(tiny.model(**overrides).config).name == name
+
+
+def test_gemmas_of_27b_scale_scores_by_another_width():
+    """By layers llama.cpp knows them: 4608 / 32 = 144 in Gemma 2, where heads have 128 numbers."""
+    capped = {"norms": "both", "attention_softcap": 50.0, "logit_softcap": 30.0}
+    of = lambda layers: tiny.model(
+        **GEMMA, **capped, windows=(8, None) * (layers // 2), num_heads=2, attention_multiplier=64**-0.5
+    )
+    assert architecture_of(of(46).config).name == "gemma2"
+    with pytest.raises(UnsupportedModelError, match="scores multiplied"):
+        architecture_of(of(42).config)
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        (tiny.ROPE, {}),
+        (
+            RopeConfig(theta=1e4, kind="linear", factor=2.0),
+            {"scaling.type": "linear", "scaling.factor": 2.0},
+        ),
+        (
+            YARN,
+            {
+                "scaling.type": "yarn", "scaling.factor": 4.0, "scaling.original_context_length": 32,
+                "scaling.attn_factor": np.float32(1.3 / 1.1386294),
+            },
+        ),
+        (LLAMA_3_ROPE, {}),
+    ],
+)  # fmt: skip
+def test_what_a_file_says_of_its_rope(rope, expected):
+    config = tiny.model(rope=rope).config
+    found = ropes.keys(architecture_of(config), config)
+    assert found == {"dimension_count": 32, "freq_base": 1e4, **expected}
+    assert set(ropes.tensors(config)) == ({ropes.FACTORS} if rope is LLAMA_3_ROPE else set())
+
+
+def test_factors_slow_the_frequencies():
+    config = tiny.model(rope=LLAMA_3_ROPE).config
+    factors = ropes.tensors(config)[ropes.FACTORS]
+    np.testing.assert_allclose(frequencies(tiny.ROPE, 32) / factors, frequencies(LLAMA_3_ROPE, 32), rtol=1e-6)
+    np.testing.assert_allclose(factors[[0, -1]], [1, 8])
 
 
 @pytest.mark.parametrize(
@@ -153,6 +228,8 @@ GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
         (split(LLAMA_3.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "'(?i:[sdmt]|ll|ve|re)")), "llama-bpe"),
         (split(LLAMA_3.replace("{1,3}", "")), "qwen2"),  # cuts every digit
         (split(GPT_2), "gpt-2"),
+        (split(TEKKEN), "tekken"),
+        (split(GPT_4O), "gpt-4o"),
         (pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False), "gpt-2"),
     ],
 )

@@ -13,11 +13,12 @@ import ml_dtypes
 import numpy as np
 
 from jaxtune.errors import OptionError, nearest
-from jaxtune.export.gguf import tensors
+from jaxtune.export.gguf import ropes, tensors
+from jaxtune.export.gguf.architectures import Architecture, architecture_of
 from jaxtune.export.gguf.imatrix import Importance, for_tensor, read_imatrix
 from jaxtune.export.gguf.mixtures import MIXTURES
 from jaxtune.export.gguf.quants import encode
-from jaxtune.export.gguf.vocab import vocabulary
+from jaxtune.export.gguf.vocab import model_name, vocabulary
 from jaxtune.export.gguf.writer import TensorInfo, write_gguf
 from jaxtune.export.merge import MergedCheckpoint
 from jaxtune.export.ollama import MODELFILE, modelfile
@@ -65,20 +66,23 @@ def save_gguf(
     `imatrix_file` is what llama-imatrix measured with this model; quantised types then keep what matters most."""
     given = check_methods(quantization_method, imatrix_file)
     importance = {} if imatrix_file is None else read_imatrix(imatrix_file)
-    tensors.require_llama(config)
     folder = Path(f"{named(folder)}_gguf")
     title = Path(name).name or "model"
     with Checkpoint(base) as checkpoint:
         tied = config.tie_word_embeddings
         merged = MergedCheckpoint.of(checkpoint, lora, lora_config, module_names, own=own, tied=tied)
         config = dataclasses.replace(config, tie_word_embeddings=tied and not merged.unties)
+        architecture = architecture_of(config)
         methods = list(dict.fromkeys(_resolve(method, merged) for method in given))
         files = [f"{title}.{method.upper()}.gguf" for method in methods]
-        words = vocabulary(tokenizer, config.vocab_size)
+        words = {
+            "general.name": model_name(tokenizer, title),
+            **vocabulary(tokenizer, config.vocab_size),
+        }
         names = tensors.gguf_names(config, merged.names, base)
         with staged(folder, marker=MODELFILE) as stage:
             for file, method in zip(files, methods, strict=True):
-                _write(stage / file, merged, config, names, words, method, title, importance)
+                _write(stage / file, merged, architecture, config, names, words, method, importance)
             (stage / MODELFILE).write_text(modelfile(files[0], tokenizer), encoding="utf-8")
     return [folder / file for file in files]
 
@@ -122,25 +126,24 @@ def _resolve(method: str, merged: MergedCheckpoint) -> str:
 def _write(
     path: Path,
     merged: MergedCheckpoint,
+    architecture: Architecture,
     config: ModelConfig,
     names: dict[str, str],
     words: dict[str, Any],
     method: str,
-    title: str,
     importance: Importance,
 ) -> None:
     shapes = {name: merged.shape(source) for name, source in names.items()}
     metadata = {
-        "general.architecture": "llama",
+        "general.architecture": architecture.name,
         "general.type": "model",
-        "general.name": title,
         "general.size_label": size_label(sum(map(math.prod, shapes.values()))),
         "general.file_type": np.uint32(MIXTURES[method].file_type),
         "general.quantization_version": np.uint32(_QUANTIZATION_VERSION),
-        **tensors.settings(config),
+        **tensors.settings(architecture, config),
         **words,
     }
-    infos = list(tensors.file_tensors(config, shapes, method, weighted=bool(importance)))
+    infos = list(tensors.file_tensors(architecture, config, shapes, method, weighted=bool(importance)))
     if importance and MIXTURES[method].most.block > 1:
         missing = [info.name for info in infos if info.type.block > 1 and info.name not in importance]
         if missing:
@@ -149,11 +152,12 @@ def _write(
                 counted(len(missing), "tensor"),
                 ", ".join(missing[:4]),
             )
+    factors = ropes.tensors(config)
 
     def encoded(info: TensorInfo) -> np.ndarray:
-        if info.name == tensors.ROPE_FACTORS:
-            return encode(tensors.rope_factors(config), info.type, info.name)
-        array = tensors.reorder(config, info.name, merged.read(names[info.name]))
+        if info.name in factors:
+            return encode(factors[info.name], info.type, info.name)
+        array = tensors.as_stored(architecture, config, info.name, merged.read(names[info.name]))
         return encode(array, info.type, info.name, for_tensor(importance, info.name, info.shape))
 
     write_gguf(path, metadata, infos, encoded)

@@ -7,8 +7,12 @@ fine-tune's files may be saved anew, so what is compared is behaviour: no file's
 from tokenizers import Regex, pre_tokenizers
 
 from jaxtune.errors import UnsupportedModelError
+from jaxtune.log import get_logger
+
+log = get_logger(__name__)
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 PROBE = (
@@ -34,16 +38,26 @@ def _by(expression: str) -> pre_tokenizers.PreTokenizer:
 def _known() -> dict[str, pre_tokenizers.PreTokenizer]:
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
+    # As published models have them, cut where small letters end and capitals begin, for which llama.cpp has ASCII's.
+    before = r"[^\r\n\p{L}\p{N}]?"
+    capitalised, capitals = rf"{before}{_UPPER}*{_LOWER}+", rf"{before}{_UPPER}+{_LOWER}*"
+    tail = _TAIL.replace(r"[\r\n]*|", r"[\r\n/]*|", 1)
     return {
         "llama-bpe": _by(rf"{words}|\p{{N}}{{1,3}}|{_TAIL}"),
         "qwen2": _by(rf"{words}|\p{{N}}|{_TAIL}"),
         "gpt-2": plain,
         "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain]),
+        "tekken": _by(rf"{capitalised}|{capitals}|\p{{N}}|{tail}"),
+        "gpt-4o": _by(rf"{capitalised}{_CONTRACTIONS}?|{capitals}{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{tail}"),
     }
 
 
-IGNORES_MERGES = frozenset({"llama-bpe"})
+IGNORES_MERGES = frozenset({"llama-bpe", "tekken"})
 """Where llama.cpp takes a word that is a token as that token, whether or not merges lead to it."""
+
+
+NEARLY = frozenset({"tekken", "gpt-4o"})
+"""Of which llama.cpp's own form knows only ASCII's capitals, and takes marks for no letters."""
 
 
 def recognise(theirs: pre_tokenizers.PreTokenizer | None) -> str:
@@ -52,6 +66,11 @@ def recognise(theirs: pre_tokenizers.PreTokenizer | None) -> str:
     known = _known()
     for name, ours in known.items():
         if _cut(ours) == cut:
+            if name in NEARLY:
+                log.warning(
+                    "llama.cpp's %r cuts words otherwise than the tokenizer where their letters carry marks (as in "
+                    "Hindi), or where letters beyond ASCII change their case.", name,
+                )  # fmt: skip
             return name
     raise UnsupportedModelError(
         "The tokenizer cuts text in a way that no pre-tokenizer known here does.",

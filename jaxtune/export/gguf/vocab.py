@@ -1,10 +1,13 @@
-"""A byte-level BPE tokenizer as GGUF key/values: tokens, their types, merges, special ids, the chat template.
+"""A tokenizer as GGUF key/values: tokens, their types, merges or scores, special ids, the chat template. It is a
+byte-level BPE (Llama 3, Qwen) or one of SentencePiece's (Gemma, Llama 2, Phi-3).
 
-The source of truth is what the loaded tokenizer would save as tokenizer.json, and what it does to a text. Anything that
+The source of truth is what the loaded tokenizer would save as tokenizer.json, and what it does to a text. What
 llama.cpp would do differently raises: a file that tokenises another way than the model was trained is worse than none.
+Where llama.cpp has no other form for a family's own tokenizer, and the difference is at the edges, the log says it.
 """
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -13,10 +16,18 @@ from tokenizers import models
 from jaxtune.data.encoding import prefix_ids
 from jaxtune.data.templates import template_of
 from jaxtune.errors import UnsupportedModelError
-from jaxtune.export.gguf import pretokenizers
+from jaxtune.export.gguf import pretokenizers, sentencepiece
+from jaxtune.log import get_logger
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+log = get_logger(__name__)
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of tokens, by their numbers in the file. Control tokens are never read out of a user's text."""
+
+_PHI_3 = re.compile("phi-?3", re.IGNORECASE)
+_NEVER_STRIP = {"<unk>", "<s>", "<|endoftext|>"}
+_PHI_3_HAS = {*_NEVER_STRIP, "</s>"}
+"""Without these, llama.cpp does not load what is called so."""
 
 
 def vocabulary(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
@@ -24,18 +35,10 @@ def vocabulary(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     spec = json.loads(backend.to_str()) if backend is not None else {}
     bpe = spec.get("model") or {}
-    _require_byte_level_bpe(spec, bpe)
-    assert backend is not None
-    pre = pretokenizers.recognise(backend.pre_tokenizer)
     added = spec.get("added_tokens") or []
-    _require_same_use_of_merges(bpe, added, pre)
-    tokens, types = _tokens(bpe, added, vocab_size)
-    found: dict[str, Any] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": np.asarray(types, np.int32),
-        "tokenizer.ggml.merges": [" ".join(_pair(merge)) for merge in bpe["merges"]],
+    kind = _sentencepiece if bpe.get("type") == "BPE" and bpe.get("byte_fallback") else _byte_level
+    found = {
+        **kind(tokenizer, spec, bpe, added, vocab_size),
         **_special_ids(tokenizer),
         **_added_around(tokenizer),
     }
@@ -44,11 +47,69 @@ def vocabulary(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
     return found
 
 
+def model_name(tokenizer: Any, title: str) -> str:
+    """`general.name`, by which alone llama.cpp knows whether special tokens take the spaces after them: all do but
+    three in what is called Phi-3, none in anything else."""
+    added = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
+    greedy = [name for name, token in added.items() if token.lstrip or token.rstrip]
+    expected = [name for name in added if name not in _NEVER_STRIP]
+    if _PHI_3_HAS <= set(added) and greedy == expected and not any(token.lstrip for token in added.values()):
+        return title if _PHI_3.search(title) else f"{title} (phi-3)"
+    if greedy:
+        log.warning(
+            "The tokenizer takes spaces beside %s as part of these tokens; llama.cpp will not.",
+            ", ".join(greedy),
+        )
+    return _PHI_3.sub("phi 3", title)
+
+
+def _byte_level(
+    tokenizer: Any, spec: dict[str, Any], bpe: dict[str, Any], added: list[dict[str, Any]], vocab_size: int
+) -> dict[str, Any]:
+    _require_byte_level_bpe(spec, bpe)
+    pre = pretokenizers.recognise(tokenizer.backend_tokenizer.pre_tokenizer)
+    _require_same_use_of_merges(bpe, added, pre)
+    tokens, types = _tokens(bpe, added, vocab_size)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": np.asarray(types, np.int32),
+        "tokenizer.ggml.merges": [" ".join(_pair(merge)) for merge in bpe["merges"]],
+    }
+
+
+def _sentencepiece(
+    tokenizer: Any, spec: dict[str, Any], bpe: dict[str, Any], added: list[dict[str, Any]], vocab_size: int
+) -> dict[str, Any]:
+    tokens, types = _tokens(bpe, added, vocab_size)
+    merges = [_pair(merge) for merge in bpe["merges"]]
+    made = sentencepiece.merge_scores(merges, bpe["vocab"], {token["content"] for token in added})
+    scores = []
+    for n, token in enumerate(tokens):
+        if sentencepiece.BYTE.fullmatch(token):
+            types[n] = BYTE
+        elif token == bpe.get("unk_token"):
+            types[n] = UNKNOWN
+        elif types[n] == USER_DEFINED:
+            tokens[n] = token.replace(
+                sentencepiece.SPACE, " "
+            )  # it is looked for in the text as it is written
+        low = {UNUSED: sentencepiece.UNUSED_SCORE, NORMAL: -float(len(merges))}
+        scores.append(made.get(token, low.get(types[n], sentencepiece.ADDED_SCORE)))
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": np.asarray(types, np.int32),
+        "tokenizer.ggml.scores": np.asarray(scores, np.float32),
+        "tokenizer.ggml.add_space_prefix": sentencepiece.space_prefix(tokenizer.backend_tokenizer, tokenizer),
+    }
+
+
 def _require_byte_level_bpe(spec: dict[str, Any], bpe: dict[str, Any]) -> None:
     changed = [
-        name
-        for name in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout")
-        if bpe.get(name)
+        name for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout") if bpe.get(name)
     ]
     wrong = (
         f"is of type {bpe.get('type', 'unknown')!r}, not BPE" if bpe.get("type") != "BPE"
@@ -59,7 +120,7 @@ def _require_byte_level_bpe(spec: dict[str, Any], bpe: dict[str, Any]) -> None:
     if wrong:
         raise UnsupportedModelError(
             f"The tokenizer {wrong}.",
-            expected="a byte-level BPE such as Llama 3's: this version writes no other into a GGUF.",
+            expected="a byte-level BPE such as Llama 3's, or a SentencePiece BPE such as Gemma's.",
             fix="Save the merged 16-bit model instead, and convert it with llama.cpp's own converter.",
         )
 
