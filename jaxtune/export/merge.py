@@ -22,6 +22,7 @@ from jaxtune.lora import config as lora_config
 from jaxtune.lora.config import LOFTQ, PISSA, LoraConfig, ModuleNames
 from jaxtune.lora.init import rest_of
 from jaxtune.lora.tree import Tree, layers
+from jaxtune.models.config import ModelConfig
 
 EMBEDDING_WEIGHT, HEAD_WEIGHT = f"{lora_config.EMBEDDING_PATH}.weight", f"{lora_config.HEAD_PATH}.weight"
 SCALES = (".absmax", ".SCB", ".weight_scale", ".weight_scale_inv")
@@ -115,7 +116,11 @@ class MergedCheckpoint:
         return self.checkpoint.folder
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names
+        return name in self.checkpoint or (self.unties and name == HEAD_WEIGHT)
+
+    def settings(self, config: ModelConfig) -> ModelConfig:
+        """Of the merged model, whose head may no longer be its embedding."""
+        return dataclasses.replace(config, tie_word_embeddings=config.tie_word_embeddings and not self.unties)
 
     @property
     def names(self) -> list[str]:

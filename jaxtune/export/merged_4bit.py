@@ -1,7 +1,6 @@
 """A merged model in 4 bits, as a bitsandbytes checkpoint: the original weights with the adapter merged in, in the
 checkpoint's own precision, and only then quantised, by the very way in which a checkpoint is loaded into NF4."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ def save_merged_4bit(
     with Checkpoint(base) as checkpoint:
         tied = config.tie_word_embeddings
         merged = MergedCheckpoint.of(checkpoint, lora, lora_config, module_names, own=own, tied=tied)
-        model = CausalLM(dataclasses.replace(config, tie_word_embeddings=tied and not merged.unties))
+        model = CausalLM(merged.settings(config))
         dtype = jnp.dtype(merged.dtype(EMBEDDING_WEIGHT))
         params = load_params(model, merged, dtype=dtype, precision=FourBit())
     save_bnb(folder, base, model, params, tokenizer=tokenizer, max_shard_size=max_shard_size)

@@ -39,6 +39,20 @@ def test_merged_is_the_original_base_plus_the_adapter(trained, tmp_path):
     assert relative_rms(logits, model.apply(model.params, model.lora, IDS)) > 1e-2
 
 
+def test_a_head_that_was_trained_apart_from_the_embedding(tmp_path):
+    """Merged in 4 bits it is the 16-bit merge loaded in 4 bits, and neither is tied any more."""
+    folder = models.save(models.random_llama(tie_word_embeddings=True), tmp_path / "base")
+    model, tokenizer = FastLanguageModel.from_pretrained(folder, dtype="float32")
+    model = FastLanguageModel.get_peft_model(model, r=4, modules_to_save=["lm_head"])
+    model.lora["lm_head"] = jax.tree.map(lambda x: x + 1, model.lora["lm_head"])
+    loaded = []
+    for method in ("merged_4bit", "merged_16bit"):
+        model.save_pretrained_merged(tmp_path / method, tokenizer, save_method=method)
+        loaded.append(FastLanguageModel.from_pretrained(tmp_path / method, dtype="float32")[0])
+    assert "lm_head" in loaded[0].params
+    assert_trees_equal(loaded[0].params, loaded[1].params)
+
+
 def test_gguf_and_modelfile(trained, tmp_path):
     files = trained[0].save_pretrained_gguf(tmp_path / "model", quantization_method=["q8_0", "f32"])
     assert all(file.is_file() for file in files)

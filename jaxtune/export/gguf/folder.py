@@ -3,7 +3,6 @@
 The folder is `<name>_gguf/`, a file in it `<model>.<METHOD>.gguf`, as Unsloth's users expect them.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,7 +70,7 @@ def save_gguf(
     with Checkpoint(base) as checkpoint:
         tied = config.tie_word_embeddings
         merged = MergedCheckpoint.of(checkpoint, lora, lora_config, module_names, own=own, tied=tied)
-        config = dataclasses.replace(config, tie_word_embeddings=tied and not merged.unties)
+        config = merged.settings(config)
         architecture = architecture_of(config)
         methods = list(dict.fromkeys(_resolve(method, merged) for method in given))
         files = [f"{title}.{method.upper()}.gguf" for method in methods]
