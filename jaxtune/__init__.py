@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxtune.data.merging import to_sharegpt
     from jaxtune.data.sharegpt import standardize_data_formats, standardize_sharegpt
     from jaxtune.data.templates import get_chat_template
+    from jaxtune.exportable import Exportable
     from jaxtune.language_model import LanguageModel
     from jaxtune.rl import GRPOConfig, GRPOTrainer
     from jaxtune.training import EarlyStoppingCallback, SFTConfig, SFTTrainer, TrainerCallback
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "EarlyStoppingCallback": "jaxtune.training",
+    "Exportable": "jaxtune.exportable",
     "FastLanguageModel": "jaxtune.api",
     "LanguageModel": "jaxtune.language_model",
     "GRPOConfig": "jaxtune.rl",
@@ -51,6 +53,7 @@ _HOME = {
 
 __all__ = [
     "EarlyStoppingCallback",
+    "Exportable",
     "FastLanguageModel",
     "GRPOConfig",
     "GRPOTrainer",

@@ -10,24 +10,10 @@ from typing import Any
 import numpy as np
 
 from jaxtune.errors import UnsupportedModelError
-from jaxtune.export.merged_folder import (
-    EARLIER,
-    INDEX_FILE,
-    SINGLE_FILE,
-    _index,
-    _is_tied,
-    _refuse_other_models,
-    _write_json,
-    _write_settings,
-    _write_tokenizer,
-    parse_size,
-    split,
-)
-from jaxtune.export.safetensors_stream import Entry, write_safetensors
+from jaxtune.export.hf_folder import parse_size, split, write_model
+from jaxtune.export.safetensors_stream import Entry
 from jaxtune.export.weights import Weight, weights
-from jaxtune.folders import named, staged
 from jaxtune.kernels.nf4 import layout
-from jaxtune.loading.config import CONFIG_FILE
 from jaxtune.models.causal_lm import CausalLM, Params
 from jaxtune.quant import Format, FourBit, FourBitArray, Int8Array, PackedArray
 
@@ -45,7 +31,7 @@ def save_bnb(
     max_shard_size: int | str = "5GB",
 ) -> None:
     """Writes `params` as they are, with the settings and the tokenizer of `base`, the folder that they came from."""
-    folder, limit = named(folder), parse_size(max_shard_size)
+    limit = parse_size(max_shard_size)
     formats: set[Format] = set()
     kept: list[str] = []
     tensors: Tensors = {}
@@ -55,21 +41,17 @@ def save_bnb(
             formats.add(weight.leaf.format)
         elif name.startswith("model.layers.") and len(weight.shape) == 2:
             kept.append(name.removesuffix(".weight"))
-    _refuse_other_models(folder, base)
-    shards = split((entry for entry, _ in tensors.values()), limit)
-    with staged(folder, marker=CONFIG_FILE, replaces=EARLIER) as stage:
-        for file, entries in shards.items():
-            write_safetensors(stage / file, entries, lambda name: tensors[name][1]())
-        if set(shards) != {SINGLE_FILE}:
-            _write_json(stage / INDEX_FILE, _index(shards))
-        _write_tokenizer(stage, base, tokenizer)
-        dtype = np.dtype(params["norm"]["weight"].dtype)
-        unties = _is_tied(base) and not model.config.tie_word_embeddings
-        end_id = getattr(tokenizer, "eos_token_id", None)
-        _write_settings(stage, base, model.config, dtype, end_id, unties=unties)
-        config = json.loads((stage / CONFIG_FILE).read_text(encoding="utf-8"))
-        config["quantization_config"] = quantization_config(formats, dtype, kept)
-        _write_json(stage / CONFIG_FILE, config)
+    dtype = np.dtype(params["norm"]["weight"].dtype)
+    write_model(
+        folder,
+        base,
+        model.config,
+        split((entry for entry, _ in tensors.values()), limit),
+        lambda name: tensors[name][1](),
+        dtype=dtype,
+        tokenizer=tokenizer,
+        quantization_config=quantization_config(formats, dtype, kept),
+    )
 
 
 def quantization_config(formats: set[Format], dtype: np.dtype, kept: list[str]) -> dict[str, Any]:

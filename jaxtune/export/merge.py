@@ -10,7 +10,7 @@ were trained on: the result is "16-bit base + adapter", and differs from the mod
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +27,20 @@ from jaxtune.models.config import ModelConfig
 EMBEDDING_WEIGHT, HEAD_WEIGHT = f"{lora_config.EMBEDDING_PATH}.weight", f"{lora_config.HEAD_PATH}.weight"
 SCALES = (".absmax", ".SCB", ".weight_scale", ".weight_scale_inv")
 """What lies beside a quantised weight, which itself may go by any dtype."""
+
+
+class Trained(NamedTuple):
+    """What was trained, and on what: all that an export asks of a model."""
+
+    base: Path
+    """The folder of the original weights."""
+    config: ModelConfig
+    """As the model has it now, with tokens added, say."""
+    module_names: ModuleNames
+    lora: Tree | None = None
+    lora_config: LoraConfig | None = None
+    own: Mapping[str, Weight] = {}
+    """What the model holds otherwise than its base, an adapter aside."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,43 +84,32 @@ class MergedCheckpoint:
     checkpoint: Checkpoint
     changes: Mapping[str, Change]
     """By the tensor's name."""
-    own: Mapping[str, Weight] = dataclasses.field(default_factory=dict)
-    """What the model holds otherwise than the checkpoint, an adapter aside."""
+    own: Mapping[str, Weight]
     unties: bool = False
     """Whether embedding and head, tied in the checkpoint, no longer are."""
 
     @classmethod
-    def of(
-        cls,
-        checkpoint: Checkpoint,
-        lora: Tree | None,
-        config: LoraConfig | None,
-        module_names: ModuleNames,
-        *,
-        own: Mapping[str, Weight] | None = None,
-        tied: bool = False,
-    ) -> Self:
-        """Without `lora` and `own` it is the checkpoint as it is; `tied` says whether its head is the embedding.
-        Everything that can be checked without reading weights is."""
-        own = own or {}
+    def of(cls, checkpoint: Checkpoint, trained: Trained) -> Self:
+        """`checkpoint` is the base's. Everything that can be checked without reading weights is."""
         _require_original(checkpoint)
+        lora, config = trained.lora, trained.lora_config
         if lora is None or config is None:
-            return cls(checkpoint, {}, own)
+            return cls(checkpoint, {}, trained.own)
         if config.init_lora_weights == LOFTQ:
             raise AdapterError(
                 "A merge of an adapter that began with init_lora_weights='loftq'.",
                 expected="an adapter that is added to the original weights: this one makes up for the error of 4 bits.",
                 fix="Save the adapter, and use it on the base in 4 bits.",
             )
-        changes = dict(_changes(lora, config, module_names))
+        changes = dict(_changes(lora, config, trained.module_names))
         unties = (
-            tied
+            trained.config.tie_word_embeddings
             and not config.ensure_weight_tying
             and any(name in lora for name in lora_config.WHOLE_MODULES)
         )
         if config.ensure_weight_tying and EMBEDDING_WEIGHT in changes and HEAD_WEIGHT in checkpoint.names:
             changes[HEAD_WEIGHT] = changes[EMBEDDING_WEIGHT]  # stored, though it is the embedding
-        merged = cls(checkpoint, changes, own, unties)
+        merged = cls(checkpoint, changes, trained.own, unties)
         for name, change in changes.items():
             _require_fit(merged, merged.origin(name), change.shape)
         return merged

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from jaxtune import FastLanguageModel
 from jaxtune.export.gguf.folder import save_gguf
+from jaxtune.export.merge import Trained
 from jaxtune.export.merged_folder import save_merged_16bit
 from tests.kit import models
 
@@ -38,17 +39,17 @@ class Adapted:
             self.model.save_pretrained(self.adapter)
 
     @property
-    def _adapter(self):
-        return self.model.lora, self.model.causal_lm.lora_config, self.model.module_names
+    def _trained(self) -> Trained:
+        lm = self.model.causal_lm
+        return Trained(self.base, lm.config, lm.module_names, self.model.lora, lm.lora_config)
 
     def save_merged(self, folder: Path, **options) -> Path:
-        save_merged_16bit(folder, self.base, *self._adapter, **options)
+        save_merged_16bit(folder, self._trained, **options)
         return folder
 
     def save_gguf(self, folder: Path, method: str | list[str] = "f32", **options) -> list[Path]:
         settings = {"tokenizer": self.tokenizer, "name": "somebody/Tiny-Llama", **options}
-        config = self.model.causal_lm.config
-        return save_gguf(folder, self.base, config, *self._adapter, quantization_method=method, **settings)
+        return save_gguf(folder, self._trained, quantization_method=method, **settings)
 
     @functools.cached_property
     def logits(self) -> np.ndarray:

@@ -11,6 +11,7 @@ import torch
 from jaxtune.export.gguf import ropes, tensors
 from jaxtune.export.gguf.architectures import architecture_of
 from jaxtune.export.gguf.folder import save_gguf
+from jaxtune.export.merge import Trained
 from jaxtune.loading.config import read_config
 from jaxtune.models import names
 from jaxtune.models.families import FAMILIES
@@ -104,7 +105,7 @@ def export(model, folder: Path, methods: list[str]) -> list[Path]:
     config = FAMILIES[hf["model_type"]](hf)
     module_names = lambda path: names.hf_names(config, path)
     return save_gguf(
-        folder / "out", base, config, None, None, module_names,
+        folder / "out", Trained(base, config, module_names),
         tokenizer=models.tokenizer(), name="somebody/Tiny", quantization_method=methods,
     )  # fmt: skip
 

@@ -4,7 +4,7 @@ The folder is `<name>_gguf/`, a file in it `<model>.<METHOD>.gguf`, as Unsloth's
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,11 @@ from jaxtune.export.gguf.mixtures import MIXTURES
 from jaxtune.export.gguf.quants import encode
 from jaxtune.export.gguf.vocab import model_name, vocabulary
 from jaxtune.export.gguf.writer import TensorInfo, write_gguf
-from jaxtune.export.merge import MergedCheckpoint
+from jaxtune.export.merge import MergedCheckpoint, Trained
 from jaxtune.export.ollama import MODELFILE, modelfile
-from jaxtune.export.weights import Weight
 from jaxtune.folders import named, staged
 from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.log import counted, get_logger
-from jaxtune.lora.config import LoraConfig, ModuleNames
-from jaxtune.lora.tree import Tree
 from jaxtune.models.config import ModelConfig
 
 log = get_logger(__name__)
@@ -47,16 +44,11 @@ _QUANTIZATION_VERSION = 2
 
 def save_gguf(
     folder: str | Path,
-    base: Path,
-    config: ModelConfig,
-    lora: Tree | None,
-    lora_config: LoraConfig | None,
-    module_names: ModuleNames,
+    trained: Trained,
     *,
     tokenizer: Any,
     name: str,
     quantization_method: str | Sequence[str] | None = "fast_quantized",
-    own: Mapping[str, Weight] | None = None,
     imatrix_file: str | Path | None = None,
 ) -> list[Path]:
     """Writes `<folder>_gguf/`: a file for each method, and a Modelfile for the first. `name` is what the model is
@@ -67,10 +59,9 @@ def save_gguf(
     importance = {} if imatrix_file is None else read_imatrix(imatrix_file)
     folder = Path(f"{named(folder)}_gguf")
     title = Path(name).name or "model"
-    with Checkpoint(base) as checkpoint:
-        tied = config.tie_word_embeddings
-        merged = MergedCheckpoint.of(checkpoint, lora, lora_config, module_names, own=own, tied=tied)
-        config = merged.settings(config)
+    with Checkpoint(trained.base) as checkpoint:
+        merged = MergedCheckpoint.of(checkpoint, trained)
+        config = merged.settings(trained.config)
         architecture = architecture_of(config)
         methods = list(dict.fromkeys(_resolve(method, merged) for method in given))
         files = [f"{title}.{method.upper()}.gguf" for method in methods]
@@ -78,7 +69,7 @@ def save_gguf(
             "general.name": model_name(tokenizer, title),
             **vocabulary(tokenizer, config.vocab_size),
         }
-        names = tensors.gguf_names(config, merged.names, base)
+        names = tensors.gguf_names(config, merged.names, trained.base)
         with staged(folder, marker=MODELFILE) as stage:
             for file, method in zip(files, methods, strict=True):
                 _write(stage / file, merged, architecture, config, names, words, method, importance)

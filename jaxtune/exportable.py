@@ -1,0 +1,208 @@
+"""What a model can be saved as: an adapter, a merged folder, GGUF. The methods of LanguageModel that write."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtune.errors import AdapterError, ModelNotFoundError, OptionError, nearest
+from jaxtune.export.adapter import save_adapter
+from jaxtune.export.bnb_folder import save_bnb
+from jaxtune.export.gguf.folder import check_methods, save_gguf
+from jaxtune.export.hf_folder import parse_size
+from jaxtune.export.merge import Trained
+from jaxtune.export.merged_4bit import save_merged_4bit
+from jaxtune.export.merged_folder import save_merged_16bit
+from jaxtune.export.weights import own_weights
+from jaxtune.loading.hub import resolve
+from jaxtune.loading.tokenizer import require_rows
+from jaxtune.lora.config import EMBEDDING
+from jaxtune.models.causal_lm import CausalLM, Lora, Params
+from jaxtune.options import ANY, mirrors
+from jaxtune.quant import PackedArray
+
+_MERGE_WITHOUT_EFFECT = {
+    "push_to_hub": False,
+    "safe_serialization": (True, None),
+    "is_main_process": True,
+    "state_dict": None,
+    "save_function": ANY,
+    "variant": None,
+    "private": ANY,
+    "tags": ANY,
+    "save_peft_format": ANY,
+    "temporary_location": ANY,
+    "maximum_memory_usage": ANY,
+}
+_GGUF_WITHOUT_EFFECT = {
+    **_MERGE_WITHOUT_EFFECT,
+    "max_shard_size": ANY,
+    "first_conversion": ANY,
+    "save_method": (None, "merged_16bit"),
+    "merge_is_disposable": ANY,
+}
+
+
+_MERGES = {
+    "merged_16bit": save_merged_16bit,
+    "merged_4bit": save_merged_4bit,
+    "merged_4bit_forced": save_merged_4bit,
+}
+
+
+class Exportable:
+    """A model's methods that write. Its fields are `LanguageModel`'s."""
+
+    causal_lm: CausalLM
+    params: Params
+    lora: Lora | None
+    tokenizer: Any
+    name_or_path: str
+    revision: str | None
+    full_finetuning: bool
+    cache_dir: str | Path | None
+    own_parts: frozenset[str]
+
+    @mirrors({"safe_serialization": True, "push_to_hub": False})
+    def save_pretrained(self, save_directory: str | Path, tokenizer: Any = None) -> None:
+        """Writes the adapter as a PEFT folder. A model without one is written whole, as transformers would: packed
+        weights as a bitsandbytes checkpoint, others as the original's.
+
+        Args:
+            save_directory: The folder.
+            tokenizer: What is saved with it; None saves none.
+        """
+        if self.lora is None or self.causal_lm.lora_config is None:
+            if any(map(_is_packed, jax.tree.leaves(self.params, is_leaf=_is_packed))):
+                folder, saved = self.original_folder(), self._saved_tokenizer(tokenizer)
+                save_bnb(save_directory, folder, self.causal_lm, self.params, tokenizer=saved)
+            else:
+                self.save_pretrained_merged(save_directory, tokenizer)
+            return
+        save_adapter(
+            save_directory,
+            self.lora,
+            self.causal_lm.lora_config,
+            self.causal_lm.module_names,
+            base=self.name_or_path,
+            revision=self.revision,
+            tokenizer=self._saved_tokenizer(tokenizer),
+            tables={name: np.asarray(self.params[name]["weight"]) for name in self.own_parts},
+        )
+
+    @mirrors(_MERGE_WITHOUT_EFFECT)
+    def save_pretrained_merged(
+        self,
+        save_directory: str | Path,
+        tokenizer: Any = None,
+        save_method: str = "merged_16bit",
+        max_shard_size: int | str = "5GB",
+        token: str | None = None,
+    ) -> None:
+        """Writes the original weights with the adapter merged in, as a Hugging Face folder. What a 4-bit model was
+        trained on differs from its merge by NF4's error.
+
+        Args:
+            save_directory: The folder.
+            tokenizer: What is saved with it; None saves none.
+            save_method: "merged_16bit"; "merged_4bit", which quantises the merge as a bitsandbytes checkpoint (as
+                "merged_4bit_forced" does); or "lora", which writes the adapter alone.
+            max_shard_size: The most that one file of weights holds.
+            token: The hub's, to fetch original weights that are gated.
+        """
+        if save_method == "lora":
+            if self.full_finetuning:
+                raise AdapterError(
+                    "save_method='lora' of a model that was loaded with full_finetuning=True.",
+                    expected="a model with an adapter: this one is trained whole.",
+                    fix="Leave save_method out.",
+                )
+            self.save_pretrained(save_directory, tokenizer)
+            return
+        if save_method not in _MERGES:
+            raise OptionError(
+                f"save_method={save_method!r}.",
+                expected=f"one of {', '.join(_MERGES)}, or lora.",
+                fix=f"Leave save_method out.{nearest(str(save_method), (*_MERGES, 'lora'))}",
+            )
+        parse_size(max_shard_size)
+        _MERGES[save_method](
+            save_directory,
+            self._trained(token),
+            tokenizer=self._saved_tokenizer(tokenizer),
+            max_shard_size=max_shard_size,
+        )
+
+    @mirrors(_GGUF_WITHOUT_EFFECT)
+    def save_pretrained_gguf(
+        self,
+        save_directory: str | Path,
+        tokenizer: Any = None,
+        quantization_method: str | Sequence[str] | None = "fast_quantized",
+        imatrix_file: str | Path | None = None,
+        token: str | None = None,
+    ) -> list[Path]:
+        """Writes `<save_directory>_gguf/`: the merged model as GGUF, a file for each method that was asked for, and a
+        Modelfile for Ollama.
+
+        Args:
+            save_directory: The folder's name, without its ending.
+            tokenizer: Whose vocabulary and template the file has; None is the one loaded with the model.
+            quantization_method: One of llama.cpp's ("q4_k_m", "q8_0", "f16", ...: docs/export.md), or several;
+                "fast_quantized" is q8_0.
+            imatrix_file: What llama-imatrix measured with the model; methods of few bits need it, and all others lose
+                less with it.
+            token: The hub's, to fetch original weights that are gated.
+        """
+        check_methods(quantization_method, imatrix_file)
+        return save_gguf(
+            save_directory,
+            self._trained(token),
+            tokenizer=self.tokenizer if tokenizer is None else tokenizer,
+            name=self.name_or_path,
+            quantization_method=quantization_method,
+            imatrix_file=imatrix_file,
+        )
+
+    def original_folder(self, token: str | None = None) -> Path:
+        """The folder of the original weights, which a merge starts from."""
+        try:
+            return resolve(self.name_or_path, revision=self.revision, token=token, cache_dir=self.cache_dir)
+        except ModelNotFoundError as error:
+            raise ModelNotFoundError(
+                f"A merge starts from the original 16-bit weights, and {self.name_or_path!r} cannot be reached. "
+                f"{error.found}",
+                expected=error.expected,
+                fix=f"{error.fix} Or set model.name_or_path to where it is now; save_pretrained, which writes the "
+                "adapter alone, does not need it.",
+            ) from error
+
+    def _trained(self, token: str | None = None) -> Trained:
+        config = self.causal_lm.config
+        return Trained(
+            self.original_folder(token),
+            config,
+            self.causal_lm.module_names,
+            self.lora,
+            self.causal_lm.lora_config,
+            own_weights(config, self.params, self.own_parts),
+        )
+
+    def _saved_tokenizer(self, given: Any) -> Any:
+        """An embedding of its own may have new tokens, which the original's tokenizer lacks."""
+        if given is None:
+            return self.tokenizer if EMBEDDING in self.own_parts else None
+        if not hasattr(given, "save_pretrained"):
+            raise OptionError(
+                f"The tokenizer that is to be saved is {given!r}.",
+                expected="the tokenizer that from_pretrained returned.",
+                fix="Pass that, or leave it out.",
+            )
+        require_rows(given, self.causal_lm.config.vocab_size)
+        return given
+
+
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, PackedArray)
