@@ -77,8 +77,14 @@ class Book:
 
 @functools.cache
 def book(name: str) -> Book:
+    return Book(levels(name), _SHELLS[name])
+
+
+@functools.cache
+def levels(name: str) -> np.ndarray:
+    """A book's entries, [P, G]."""
     with np.load(_FILE) as books:
-        return Book(books[name], _SHELLS[name])
+        return books[name]
 
 
 def groups(a_NB: np.ndarray, group: int) -> np.ndarray:

@@ -132,7 +132,7 @@ def _affine_32(
         # In the other case llama.cpp forgets it, and what a degenerate fit wraps to spills into its neighbours.
         scales, minimums = np.minimum(scales, 63), np.minimum(minimums, 63)
     stored = _pairs_of_six_bits(scales, minimums)
-    scales, minimums = _of_pairs_of_six_bits(stored)
+    scales, minimums = of_pairs_of_six_bits(stored)
     return d, d_min, stored, _affine_codes(x_NB, found.codes_NB, d, scales, d_min, minimums, top)
 
 
@@ -181,7 +181,7 @@ def _pairs_of_six_bits(scales: np.ndarray, minimums: np.ndarray) -> np.ndarray:
     )
 
 
-def _of_pairs_of_six_bits(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def of_pairs_of_six_bits(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     first, above, others = stored[:, :8] & 63, stored[:, :8] >> 6 << 4, stored[:, 8:]
     scales = np.concatenate([first[:, :4], others & 15 | above[:, :4]], axis=1)
     return scales, np.concatenate([first[:, 4:], others >> 4 | above[:, 4:]], axis=1)

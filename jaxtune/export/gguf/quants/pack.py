@@ -23,6 +23,12 @@ def packed(codes: np.ndarray, bits: int, axis: int) -> np.ndarray:
     return np.bitwise_or.reduce(codes << shifts, axis=axis)
 
 
+def unpacked(stored: np.ndarray, bits: int, axis: int) -> np.ndarray:
+    """The inverse: the codes of a byte along a new `axis`."""
+    shifts = (bits * np.arange(8 // bits, dtype=np.uint8)).reshape(-1, *[1] * (stored.ndim - axis))
+    return np.expand_dims(stored, axis) >> shifts & np.uint8(2**bits - 1)
+
+
 def joined(blocks: int, *fields: np.ndarray) -> np.ndarray:
     """The fields of each block behind one another, as bytes. [blocks, bytes of a block]"""
     return np.concatenate(
