@@ -38,7 +38,6 @@ _MERGE_WITHOUT_EFFECT = {
 }
 _GGUF_WITHOUT_EFFECT = {
     **_MERGE_WITHOUT_EFFECT,
-    "max_shard_size": ANY,
     "first_conversion": ANY,
     "save_method": (None, "merged_16bit"),
     "merge_is_disposable": ANY,
@@ -142,7 +141,9 @@ class Exportable:
         tokenizer: Any = None,
         quantization_method: str | Sequence[str] | None = "fast_quantized",
         imatrix_file: str | Path | None = None,
+        max_shard_size: int | str | None = None,
         token: str | None = None,
+        verify: bool = True,
     ) -> list[Path]:
         """Writes `<save_directory>_gguf/`: the merged model as GGUF, a file for each method that was asked for, and a
         Modelfile for Ollama.
@@ -154,7 +155,10 @@ class Exportable:
                 "fast_quantized" is q8_0.
             imatrix_file: What llama-imatrix measured with the model; methods of few bits need it, and all others lose
                 less with it.
+            max_shard_size: The most that one file holds, such as "20GB"; None is one file for each method, which is what
+                Ollama reads.
             token: The hub's, to fetch original weights that are gated.
+            verify: Read the files back, and compare them with what they were made of, before they bear their names.
         """
         check_methods(quantization_method, imatrix_file)
         return save_gguf(
@@ -164,6 +168,8 @@ class Exportable:
             name=self.name_or_path,
             quantization_method=quantization_method,
             imatrix_file=imatrix_file,
+            max_shard_size=max_shard_size,
+            verify=verify,
         )
 
     def original_folder(self, token: str | None = None) -> Path:

@@ -3,24 +3,27 @@
 The folder is `<name>_gguf/`, a file in it `<model>.<METHOD>.gguf`, as Unsloth's users expect them.
 """
 
+import glob
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from jaxtune.errors import OptionError, nearest
-from jaxtune.export.gguf import ropes, tensors
+from jaxtune.export.gguf import ropes, shards, tensors
 from jaxtune.export.gguf.architectures import Architecture, architecture_of
 from jaxtune.export.gguf.imatrix import Importance, for_tensor, read_imatrix
 from jaxtune.export.gguf.mixtures import MIXTURES
 from jaxtune.export.gguf.quants import encode
 from jaxtune.export.gguf.vocab import model_name, vocabulary
 from jaxtune.export.gguf.writer import TensorInfo, write_gguf
+from jaxtune.export.hf_folder import parse_size
 from jaxtune.export.merge import MergedCheckpoint, Trained
 from jaxtune.export.ollama import MODELFILE, modelfile
+from jaxtune.export.verify.gguf import Written, verify_gguf
 from jaxtune.folders import named, staged
 from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.log import counted, get_logger
@@ -50,12 +53,16 @@ def save_gguf(
     name: str,
     quantization_method: str | Sequence[str] | None = "fast_quantized",
     imatrix_file: str | Path | None = None,
+    max_shard_size: int | str | None = None,
+    verify: bool = True,
 ) -> list[Path]:
     """Writes `<folder>_gguf/`: a file for each method, and a Modelfile for the first. `name` is what the model is
     called: its hub id, say, of which files take the last part. Gives the paths of the files.
 
-    `imatrix_file` is what llama-imatrix measured with this model; quantised types then keep what matters most."""
+    `imatrix_file` is what llama-imatrix measured with this model; quantised types then keep what matters most. With a
+    `max_shard_size`, a method's file is several, of at most that size."""
     given = check_methods(quantization_method, imatrix_file)
+    limit = None if max_shard_size is None else parse_size(max_shard_size)
     importance = {} if imatrix_file is None else read_imatrix(imatrix_file)
     folder = Path(f"{named(folder)}_gguf")
     title = Path(name).name or "model"
@@ -63,18 +70,36 @@ def save_gguf(
         merged = MergedCheckpoint.of(checkpoint, trained)
         config = merged.settings(trained.config)
         architecture = architecture_of(config)
-        methods = list(dict.fromkeys(_resolve(method, merged) for method in given))
-        files = [f"{title}.{method.upper()}.gguf" for method in methods]
-        words = {
-            "general.name": model_name(tokenizer, title),
-            **vocabulary(tokenizer, config.vocab_size),
-        }
-        names = tensors.gguf_names(config, merged.names, trained.base)
-        with staged(folder, marker=MODELFILE) as stage:
-            for file, method in zip(files, methods, strict=True):
-                _write(stage / file, merged, architecture, config, names, words, method, importance)
-            (stage / MODELFILE).write_text(modelfile(files[0], tokenizer), encoding="utf-8")
-    return [folder / file for file in files]
+        stems = {f"{title}.{method.upper()}": method for method in (_resolve(each, merged) for each in given)}
+        model = _Model(
+            merged,
+            architecture,
+            config,
+            names=tensors.gguf_names(config, merged.names, trained.base),
+            words={
+                "general.name": model_name(tokenizer, title),
+                **vocabulary(tokenizer, config.vocab_size),
+            },
+            importance=importance,
+        )
+        earlier = [
+            form for stem in map(glob.escape, stems) for form in (f"{stem}.gguf", shards.pattern(stem))
+        ]
+        with staged(folder, marker=MODELFILE, replaces=earlier) as stage:
+            files = [_write(stage, stem, model, method, limit, verify) for stem, method in stems.items()]
+            whole = f"{next(iter(stems))}.gguf"
+            text = _for_shards(files[0], whole) + modelfile(whole, tokenizer)
+            (stage / MODELFILE).write_text(text, encoding="utf-8")
+    return [folder / file for of_method in files for file in of_method]
+
+
+def _for_shards(files: list[str], whole: str) -> str:
+    """What has to be done before Ollama can read them: a comment for the Modelfile, which names the `whole`."""
+    if files == [whole]:
+        return ""
+    command = f"llama-gguf-split --merge {files[0]} {whole}"
+    log.warning("Ollama does not read a model that is in several files. To make it one: %s", command)
+    return f"# Ollama reads one file only, which this makes: {command}\n"
 
 
 def check_methods(given: str | Sequence[str] | None, imatrix_file: str | Path | None = None) -> list[str]:
@@ -113,16 +138,22 @@ def _resolve(method: str, merged: MergedCheckpoint) -> str:
     return "bf16" if any(merged.dtype(name) == ml_dtypes.bfloat16 for name in merged.names) else "f16"
 
 
-def _write(
-    path: Path,
-    merged: MergedCheckpoint,
-    architecture: Architecture,
-    config: ModelConfig,
-    names: dict[str, str],
-    words: dict[str, Any],
-    method: str,
-    importance: Importance,
-) -> None:
+class _Model(NamedTuple):
+    """What all of a model's files are made of."""
+
+    merged: MergedCheckpoint
+    architecture: Architecture
+    config: ModelConfig
+    names: dict[str, str]
+    """GGUF name -> Hugging Face name."""
+    words: dict[str, Any]
+    """The key/values of the tokenizer."""
+    importance: Importance
+
+
+def _write(stage: Path, stem: str, model: _Model, method: str, limit: int | None, verify: bool) -> list[str]:
+    """Gives the names of the files."""
+    merged, architecture, config, names, words, importance = model
     shapes = {name: merged.shape(source) for name, source in names.items()}
     metadata = {
         "general.architecture": architecture.name,
@@ -143,14 +174,25 @@ def _write(
                 ", ".join(missing[:4]),
             )
     factors = ropes.tensors(config)
+    written = Written()
 
     def encoded(info: TensorInfo) -> np.ndarray:
         if info.name in factors:
-            return encode(factors[info.name], info.type, info.name)
-        array = tensors.as_stored(architecture, config, info.name, merged.read(names[info.name]))
-        return encode(array, info.type, info.name, for_tensor(importance, info.name, info.shape))
+            array, columns = factors[info.name], None
+        else:
+            array = tensors.as_stored(architecture, config, info.name, merged.read(names[info.name]))
+            columns = for_tensor(importance, info.name, info.shape)
+        blocks = encode(array, info.type, info.name, columns)
+        if verify:
+            written.note(info, array, columns, blocks)
+        return blocks
 
-    write_gguf(path, metadata, infos, encoded)
+    files = shards.split(stem, metadata, infos, limit)
+    for shard in files:
+        write_gguf(stage / shard.file, shard.metadata, shard.tensors, encoded)
+        if verify:
+            verify_gguf(stage / shard.file, shard.metadata, shard.tensors, written)
+    return [shard.file for shard in files]
 
 
 def size_label(numbers: int) -> str:

@@ -16,9 +16,9 @@ from jaxtune.export.gguf.quants.types import TensorType, nbytes
 ALIGNMENT = 32
 """Of every tensor, counted from the beginning of the data, and of that beginning itself."""
 
-_MAGIC, _VERSION = b"GGUF", 3
-_BOOL, _STRING, _ARRAY = 7, 8, 9
-_SCALARS = {
+MAGIC, VERSION = b"GGUF", 3
+BOOL, STRING, ARRAY = 7, 8, 9
+SCALARS: dict[np.dtype, int] = {
     np.dtype(np.uint8): 0,
     np.dtype(np.int8): 1,
     np.dtype(np.uint16): 2,
@@ -50,7 +50,7 @@ def write_gguf(
 ) -> None:
     """`encoded(info)` gives a tensor's bytes; it is asked once for each, in order, and let go before the next."""
     with path.open("wb") as file:
-        file.write(_MAGIC + struct.pack("<IQQ", _VERSION, len(tensors), len(metadata)))
+        file.write(MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata)))
         for key, value in metadata.items():
             file.write(_string(key) + _value(value))
         start = 0
@@ -80,14 +80,14 @@ def _string(text: str) -> bytes:
 def _value(value: Any) -> bytes:
     """The type's number, then the value."""
     if isinstance(value, str):
-        return struct.pack("<I", _STRING) + _string(value)
+        return struct.pack("<I", STRING) + _string(value)
     if isinstance(value, bool):
-        return struct.pack("<IB", _BOOL, value)
+        return struct.pack("<IB", BOOL, value)
     if isinstance(value, np.ndarray):
-        return struct.pack("<IIQ", _ARRAY, _SCALARS[value.dtype], len(value)) + _little_endian(value)
+        return struct.pack("<IIQ", ARRAY, SCALARS[value.dtype], len(value)) + _little_endian(value)
     if isinstance(value, list):
-        return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_string, value))
-    return struct.pack("<I", _SCALARS[value.dtype]) + _little_endian(value)
+        return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_string, value))
+    return struct.pack("<I", SCALARS[value.dtype]) + _little_endian(value)
 
 
 def _little_endian(value: np.ndarray | np.generic) -> bytes:

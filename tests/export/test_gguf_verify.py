@@ -1,0 +1,161 @@
+"""A GGUF file is read back before it bears its name: whatever is wrong with it is seen, and no weights are refused for
+what they are."""
+
+import numpy as np
+import pytest
+
+from jaxtune.errors import ExportError
+from jaxtune.export.gguf import folder as gguf_folder
+from jaxtune.export.gguf.quants import TensorType, decode, encode
+from jaxtune.export.verify.bounds import BOUNDS, errors
+from jaxtune.export.verify.written import sample
+from tests.export import gguf_cases
+from tests.export.adapted import Adapted
+
+COLUMNS = 512
+every_type = pytest.mark.parametrize("type", TensorType, ids=lambda type: type.name)
+
+
+def weights(rows=24):
+    """As those of models are, and less usual ones."""
+    rng = np.random.default_rng(7)
+    normal = lambda: rng.standard_normal((rows, COLUMNS))
+    outliers = lambda size: np.where(rng.random((rows, COLUMNS)) < 1 / 128, size, 1) * normal()
+    columns = lambda size: np.where(np.arange(COLUMNS) % 171 == 0, size, 1) * normal()
+    found = {
+        "normal": normal(),
+        "uniform": rng.uniform(-1, 1, (rows, COLUMNS)),
+        "laplace": rng.laplace(size=(rows, COLUMNS)),
+        **{f"t, {df} degrees": rng.standard_t(df, (rows, COLUMNS)) for df in (1.5, 3)},
+        **{f"outliers, {size} times": outliers(size) for size in (4, 16, 64)},
+        **{f"columns, {size} times": columns(size) for size in (4, 16, 64)},
+        "columns of all sizes": normal() * np.exp(rng.standard_normal(COLUMNS)),
+        "rows of all sizes": normal() * np.exp(2 * rng.standard_normal((rows, 1))),
+        "few that are not zero": np.where(rng.random((rows, COLUMNS)) < 0.05, normal(), 0),
+        "positive": np.abs(normal()),
+        "rows of zeros": np.where(np.arange(rows)[:, None] % 3 == 0, 0, normal()),
+        "hardly any": 1e-4 * normal(),
+    }
+    return {name: (0.03 * x).astype(np.float32) for name, x in found.items()}
+
+
+def importances(type):
+    rng = np.random.default_rng(8)
+    measured = (rng.standard_normal(COLUMNS) ** 2 * np.exp(rng.standard_normal(COLUMNS))).astype(np.float32)
+    found = {"none": None, "even": np.ones(COLUMNS, np.float32), "measured": measured}
+    return {name: each for name, each in found.items() if each is not None or not type.needs_importance}
+
+
+def share(found, x, type, importance=None):
+    """Of the bound, at most."""
+    error, bound = errors(found, x, type, importance)
+    return np.max(np.divide(error, bound, out=np.where(error > 0, np.inf, 0), where=bound > 0))
+
+
+@every_type
+def test_any_weights_are_within_the_bound(type):
+    for how, importance in importances(type).items():
+        for name, x in {**weights(), **gguf_cases.rows()}.items():
+            found = decode(encode(x, type, "x", importance).reshape(len(x), -1), type)
+            assert share(found, x, type, importance) <= 1, (how, name)
+
+
+def two_blocks_change_places(found, type):
+    blocks = found.reshape(-1, type.block)
+    return np.concatenate([blocks[1::-1], blocks[2:]]).reshape(found.shape)
+
+
+MISTAKES = {
+    "rows in another order": lambda found, type: np.roll(found, 1, axis=0),
+    "rows a block later": lambda found, type: np.roll(found, type.block, axis=1),
+    "two blocks change places": two_blocks_change_places,
+    "scales twice as large": lambda found, type: 2 * found,
+    "no signs": lambda found, type: np.abs(found),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+@every_type
+def test_a_mistake_is_seen(type, mistake):
+    importance = importances(type)["even"] if type.needs_importance else None
+    for name in ("normal", "t, 3 degrees", "laplace", "outliers, 16 times"):
+        x = weights()[name]
+        found = decode(encode(x, type, "x", importance).reshape(len(x), -1), type)
+        assert share(mistake(found, type), x, type, importance) > 1, name
+
+
+def test_rows_from_the_first_to_the_last_are_looked_at():
+    few, many = np.zeros((3, 4)), np.arange(2000 * 64, dtype=np.float32).reshape(2000, 64)
+    assert sample(few).places.tolist() == [0, 1, 2]
+    found = sample(many)
+    assert (found.places[0], found.places[-1], len(found.places)) == (0, 1999, 16)
+    np.testing.assert_array_equal(found.rows, many[found.places])
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    return Adapted(tmp_path_factory.mktemp("verified"), num_hidden_layers=1, dtype="bfloat16")
+
+
+def test_what_was_compared_is_said(adapted, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        adapted.save_gguf(tmp_path / "out", ["q8_0", "f32"])
+    said = [line for line in caplog.messages if "read back" in line]
+    assert len(said) == 2
+    assert said[0].startswith(
+        "Tiny-Llama.Q8_0.gguf: read back, 13 tensors as written; values off by at most "
+    )
+    assert "off by at most 0% of what their types allow" in said[1]
+
+
+def spoiled(monkeypatch, spoil):
+    """Files change between writing and reading."""
+    write = gguf_folder.write_gguf
+
+    def spoiling(path, *rest):
+        write(path, *rest)
+        path.write_bytes(spoil(path.read_bytes()))
+
+    monkeypatch.setattr(gguf_folder, "write_gguf", spoiling)
+
+
+def with_a_bit_flipped(content, at):
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+FLAWS = {
+    "a bit of the last tensor": (lambda data: with_a_bit_flipped(data, -40), "has other bytes than were written"),
+    "another key": (lambda data: data.replace(b"llama.rope.freq_base", b"llama.rope.freq_bass"), "of its keys"),
+    "another name": (lambda data: data.replace(b"blk.0.ffn_up", b"blk.0.ffn_uq"), "of its tensors, blk.0.ffn_up"),
+    "another file type": (
+        lambda data: with_a_bit_flipped(data, data.index(b"general.file_type") + 21), "general.file_type"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_a_file_that_changed_after_it_was_written(adapted, tmp_path, monkeypatch, flaw):
+    spoil, said = FLAWS[flaw]
+    spoiled(monkeypatch, spoil)
+    with pytest.raises(ExportError, match=said):
+        adapted.save_gguf(tmp_path / "out", "q8_0")
+    assert not list(tmp_path.iterdir()), "what failed bears no name"
+    adapted.save_gguf(tmp_path / "out", "q8_0", verify=False)
+
+
+@pytest.mark.parametrize("method", ["q8_0", "q4_0", "bf16"])
+def test_a_mistake_of_ours(adapted, tmp_path, monkeypatch, method):
+    """Written as it was made, but made wrong: the checksum agrees, the values do not."""
+
+    def turned(array, *rest):
+        return encode(array[::-1] if array.ndim > 1 else array, *rest)
+
+    monkeypatch.setattr(gguf_folder, "encode", turned)
+    with pytest.raises(ExportError, match=r"of type \w+, is off by .* in row \d+") as caught:
+        adapted.save_gguf(tmp_path / "out", method)
+    assert "verify=False" in caught.value.fix
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_type_has_a_bound():
+    assert set(BOUNDS) == set(TensorType)
