@@ -155,8 +155,8 @@ class Exportable:
                 "fast_quantized" is q8_0.
             imatrix_file: What llama-imatrix measured with the model; methods of few bits need it, and all others lose
                 less with it.
-            max_shard_size: The most that one file holds, such as "20GB"; None is one file for each method, which is what
-                Ollama reads.
+            max_shard_size: The most that one file holds, such as "20GB"; None is one file for each method, which is
+                what Ollama reads.
             token: The hub's, to fetch original weights that are gated.
             verify: Read the files back, and compare them with what they were made of, before they bear their names.
         """

@@ -14,6 +14,8 @@ import numpy as np
 
 from jaxtune.errors import OptionError, OutputFolderError
 from jaxtune.export.safetensors_stream import Entry, write_safetensors
+from jaxtune.export.verify.tensors import verify_tensors
+from jaxtune.export.verify.written import Checksums
 from jaxtune.folders import named, staged
 from jaxtune.loading.checkpoint import INDEX_FILE, SINGLE_FILE
 from jaxtune.loading.config import CONFIG_FILE, read_config
@@ -45,20 +47,26 @@ def write_model(
     dtype: np.dtype,
     tokenizer: Any = None,
     quantization_config: dict[str, Any] | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """`base` is the folder whose settings and tokenizer it gets, but for what `config` has otherwise: more tokens, or
     longer sequences. `dtype` is that of what is not quantised. `tokenizer=None` copies the original's files; a given
-    one is saved as it is, with the chat template that it was trained with."""
+    one is saved as it is, with the chat template that it was trained with. With a `check`, the bytes of the weights are
+    read back and compared; then it is given the folder, complete but for its name, and raises if that is not right."""
     folder = named(folder)
     refuse_other_models(folder, base)
+    checksums = Checksums()
     with staged(folder, marker=CONFIG_FILE, replaces=EARLIER) as stage:
         for file, entries in shards.items():
-            write_safetensors(stage / file, entries, read)
+            write_safetensors(stage / file, entries, read if check is None else checksums.of(read))
         if set(shards) != {SINGLE_FILE}:
             _write_json(stage / INDEX_FILE, _index(shards))
         _write_tokenizer(stage, base, tokenizer)
         end_id = getattr(tokenizer, "eos_token_id", None)
         _write_settings(stage, base, config, dtype, end_id, quantization_config)
+        if check is not None:
+            verify_tensors(stage, shards, checksums)
+            check(stage)
 
 
 def refuse_other_models(folder: Path, base: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from jaxtune.export.hf_folder import Shards, main_dtype, nbytes, parse_size, split, write_model
 from jaxtune.export.merge import MergedCheckpoint, Trained
 from jaxtune.export.safetensors_stream import Entry
+from jaxtune.export.verify.forward import verify_forward
 from jaxtune.loading.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 
 
@@ -17,6 +18,7 @@ def save_merged_16bit(
     *,
     tokenizer: Any = None,
     max_shard_size: int | str = "5GB",
+    verify: bool = True,
 ) -> None:
     """Shards are the original's, names and all, unless one is larger than `max_shard_size`."""
     limit = parse_size(max_shard_size)
@@ -32,6 +34,7 @@ def save_merged_16bit(
             merged.read,
             dtype=main_dtype(shards),
             tokenizer=tokenizer,
+            check=(lambda stage: verify_forward(stage, merged, trained)) if verify else None,
         )
 
 

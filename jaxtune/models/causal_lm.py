@@ -78,8 +78,7 @@ class CausalLM:
                     "an adapter tree was given, but this CausalLM has no lora_config to scale it by"
                 )
             lora = with_settings(lora, self.lora_config, self.module_names, dropout_key)
-        decoder = nnx.merge(_define(self.config)[0], params)
-        return decoder(
+        return self.decoder(params)(
             tokens_BT,
             segments_BT,
             positions_BT,
@@ -90,6 +89,10 @@ class CausalLM:
             piece_lengths,
             noise_BTM,
         )
+
+    def decoder(self, params: Params) -> Decoder:
+        """The module itself, with these arrays in it."""
+        return nnx.merge(_define(self.config)[0], params)
 
     def dtype(self, params: Params) -> jnp.dtype:
         """Of hidden states, and of a cache."""

@@ -50,6 +50,22 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Hidden states [B, T, M] after the final norm, and the cache with these tokens in it. `dtype` is computed in;
         None is the embedding's. `noise_BTM` is added to what the first layer reads."""
+        x_BTM = self.embed(tokens_BT, part(lora, "embed_tokens"), dtype)
+        x_BTM = x_BTM if noise_BTM is None else x_BTM + noise_BTM.astype(x_BTM.dtype)
+        x_BTM, cache = self.through_layers(x_BTM, segments_BT, positions_BT, lora, cache, remat, pieces)
+        return self.norm(x_BTM), cache
+
+    def through_layers(
+        self,
+        x_BTM: jax.Array,
+        segments_BT: jax.Array,
+        positions_BT: jax.Array,
+        lora: Any = None,
+        cache: KVCache | None = None,
+        remat: Remat | None = None,
+        pieces: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """What the last layer gives of what the first one reads."""
         column = None if cache is None else cache.used
         if cache is not None:
             pieces = None  # the cache's tokens lie before these
@@ -64,15 +80,13 @@ class Decoder(nnx.Module):
             pieces,
             tuple(see(segments_BT, pieces, window, self.head_dim) for window in self.windows),
         )
-        x_BTM = self.embed(tokens_BT, part(lora, "embed_tokens"), dtype)
-        x_BTM = x_BTM if noise_BTM is None else x_BTM + noise_BTM.astype(x_BTM.dtype)
         for s, blocks in enumerate(self.layers):
             adapters = [part(part(part(lora, "layers"), s), p) for p in range(len(blocks))]
             if cache is None:
                 x_BTM = _train(list(blocks), adapters, x_BTM, where, remat or Remat(policy=None))
             else:
                 x_BTM, cache = _generate(list(blocks), adapters, x_BTM, where, cache, s)
-        return self.norm(x_BTM), cache
+        return x_BTM, cache
 
     def embed(self, tokens_BT: jax.Array, lora: Any = None, dtype: Any = None) -> jax.Array:
         x_BTM = self.embed_tokens(tokens_BT, lora)

@@ -9,7 +9,7 @@ import numpy as np
 AGAIN = "Save again. If it happens again, this machine's memory or its disk is at fault."
 """What to do where bytes have changed."""
 
-_SMALL, _ROWS = 1 << 16, 16
+_SMALL, _ROWS = 1 << 14, 16
 """Tensors of at most so many numbers are kept whole, of larger ones so many rows, from the first to the last."""
 
 
