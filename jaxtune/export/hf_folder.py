@@ -14,8 +14,8 @@ import numpy as np
 
 from jaxtune.errors import OptionError, OutputFolderError
 from jaxtune.export.safetensors_stream import Entry, write_safetensors
+from jaxtune.export.verify.checksums import Checksums
 from jaxtune.export.verify.tensors import verify_tensors
-from jaxtune.export.verify.written import Checksums
 from jaxtune.folders import named, staged
 from jaxtune.loading.checkpoint import INDEX_FILE, SINGLE_FILE
 from jaxtune.loading.config import CONFIG_FILE, read_config

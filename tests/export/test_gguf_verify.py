@@ -7,8 +7,9 @@ import pytest
 from jaxtune.errors import ExportError
 from jaxtune.export.gguf import folder as gguf_folder
 from jaxtune.export.gguf.quants import TensorType, decode, encode
+from jaxtune.export.gguf.writer import TensorInfo
 from jaxtune.export.verify.bounds import BOUNDS, errors
-from jaxtune.export.verify.written import sample
+from jaxtune.export.verify.gguf import furthest_off
 from tests.export import gguf_cases
 from tests.export.adapted import Adapted
 
@@ -84,12 +85,27 @@ def test_a_mistake_is_seen(type, mistake):
         assert share(mistake(found, type), x, type, importance) > 1, name
 
 
-def test_rows_from_the_first_to_the_last_are_looked_at():
-    few, many = np.zeros((3, 4)), np.arange(2000 * 64, dtype=np.float32).reshape(2000, 64)
-    assert sample(few).places.tolist() == [0, 1, 2]
-    found = sample(many)
-    assert (found.places[0], found.places[-1], len(found.places)) == (0, 1999, 16)
-    np.testing.assert_array_equal(found.rows, many[found.places])
+@pytest.mark.parametrize(("rows", "row"), [(100, 63), (30_000, 0), (30_000, 29_999)])
+def test_rows_from_the_first_to_the_last_are_looked_at(rows, row):
+    """Of a small tensor all of them."""
+    info = TensorInfo("x", (rows, 32), TensorType.Q8_0)
+    x = np.random.default_rng(0).standard_normal(info.shape).astype(np.float32)
+    blocks = encode(x, info.type, "x")
+    assert furthest_off(info, x, None, blocks).share < 1
+    blocks.reshape(rows, -1)[row] = blocks.reshape(rows, -1)[row - 1]
+    off = furthest_off(info, x, None, blocks)
+    assert off.share > 1
+    assert off.row == row
+
+
+def test_experts_have_an_importance_each():
+    rng = np.random.default_rng(0)
+    info = TensorInfo("x", (3, 2, 256), TensorType.IQ2_XS)
+    x = rng.standard_normal(info.shape).astype(np.float32)
+    importance = rng.uniform(0.1, 2, (3, 256)).astype(np.float32) ** 4
+    blocks = encode(x, info.type, "x", importance)
+    assert furthest_off(info, x, importance, blocks).share < 1
+    assert furthest_off(info, x, importance, np.roll(blocks.reshape(3, -1), 1, 0)).share > 1
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jaxtune.errors import ExportError
 from jaxtune.export.safetensors_stream import Entry
-from jaxtune.export.verify.written import AGAIN, Checksums
+from jaxtune.export.verify.checksums import AGAIN, Checksums
 from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.log import counted, get_logger
 
