@@ -65,20 +65,21 @@ class Exportable:
     own_parts: frozenset[str]
 
     @mirrors({"safe_serialization": True, "push_to_hub": False})
-    def save_pretrained(self, save_directory: str | Path, tokenizer: Any = None) -> None:
+    def save_pretrained(self, save_directory: str | Path, tokenizer: Any = None, verify: bool = True) -> None:
         """Writes the adapter as a PEFT folder. A model without one is written whole, as transformers would: packed
         weights as a bitsandbytes checkpoint, others as the original's.
 
         Args:
             save_directory: The folder.
             tokenizer: What is saved with it; None saves none.
+            verify: Read the folder back, and compare it with what was to be written, before it bears its name.
         """
         if self.lora is None or self.causal_lm.lora_config is None:
             if any(map(_is_packed, jax.tree.leaves(self.params, is_leaf=_is_packed))):
                 folder, saved = self.original_folder(), self._saved_tokenizer(tokenizer)
-                save_bnb(save_directory, folder, self.causal_lm, self.params, tokenizer=saved)
+                save_bnb(save_directory, folder, self.causal_lm, self.params, tokenizer=saved, verify=verify)
             else:
-                self.save_pretrained_merged(save_directory, tokenizer)
+                self.save_pretrained_merged(save_directory, tokenizer, verify=verify)
             return
         save_adapter(
             save_directory,
@@ -89,6 +90,7 @@ class Exportable:
             revision=self.revision,
             tokenizer=self._saved_tokenizer(tokenizer),
             tables={name: np.asarray(self.params[name]["weight"]) for name in self.own_parts},
+            verify=verify,
         )
 
     @mirrors(_MERGE_WITHOUT_EFFECT)
@@ -99,6 +101,7 @@ class Exportable:
         save_method: str = "merged_16bit",
         max_shard_size: int | str = "5GB",
         token: str | None = None,
+        verify: bool = True,
     ) -> None:
         """Writes the original weights with the adapter merged in, as a Hugging Face folder. What a 4-bit model was
         trained on differs from its merge by NF4's error.
@@ -110,6 +113,8 @@ class Exportable:
                 "merged_4bit_forced" does); or "lora", which writes the adapter alone.
             max_shard_size: The most that one file of weights holds.
             token: The hub's, to fetch original weights that are gated.
+            verify: Read the folder back, compare its bytes with what was written and its layers with the base's and the
+                adapter beside it, before it bears its name.
         """
         if save_method == "lora":
             if self.full_finetuning:
@@ -118,7 +123,7 @@ class Exportable:
                     expected="a model with an adapter: this one is trained whole.",
                     fix="Leave save_method out.",
                 )
-            self.save_pretrained(save_directory, tokenizer)
+            self.save_pretrained(save_directory, tokenizer, verify=verify)
             return
         if save_method not in _MERGES:
             raise OptionError(
@@ -132,6 +137,7 @@ class Exportable:
             self._trained(token),
             tokenizer=self._saved_tokenizer(tokenizer),
             max_shard_size=max_shard_size,
+            verify=verify,
         )
 
     @mirrors(_GGUF_WITHOUT_EFFECT)

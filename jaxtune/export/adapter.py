@@ -7,6 +7,7 @@ from typing import Any
 from safetensors.numpy import save_file
 
 from jaxtune.errors import OutputFolderError
+from jaxtune.export.verify.adapter import verify_adapter
 from jaxtune.folders import named, staged
 from jaxtune.loading.config import CONFIG_FILE
 from jaxtune.lora import peft_format
@@ -25,6 +26,7 @@ def save_adapter(
     revision: str | None = None,
     tokenizer: Any = None,
     tables: Tables | None = None,
+    verify: bool = True,
 ) -> None:
     """`tables` are the base's, where they are not the original's."""
     if (named(folder) / CONFIG_FILE).is_file():
@@ -42,3 +44,5 @@ def save_adapter(
             tokenizer.save_pretrained(stage)
         settings = peft_format.to_peft_config(config, base, revision)
         (stage / peft_format.CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        if verify:
+            verify_adapter(stage, tensors, config)

@@ -12,12 +12,14 @@ import numpy as np
 from jaxtune.errors import UnsupportedModelError
 from jaxtune.export.hf_folder import parse_size, split, write_model
 from jaxtune.export.safetensors_stream import Entry
+from jaxtune.export.verify.packed import verify_packed
 from jaxtune.export.weights import Weight, weights
 from jaxtune.kernels.nf4 import layout
+from jaxtune.loading.checkpoint import Tensors
 from jaxtune.models.causal_lm import CausalLM, Params
 from jaxtune.quant import Format, FourBit, FourBitArray, Int8Array, PackedArray
 
-Tensors = dict[str, tuple[Entry, Callable[[], np.ndarray]]]
+Sources = dict[str, tuple[Entry, Callable[[], np.ndarray]]]
 """Name -> what the header says of it, and what gives it."""
 
 
@@ -29,12 +31,15 @@ def save_bnb(
     *,
     tokenizer: Any = None,
     max_shard_size: int | str = "5GB",
+    quantised_from: Tensors | None = None,
+    verify: bool = True,
 ) -> None:
-    """Writes `params` as they are, with the settings and the tokenizer of `base`, the folder that they came from."""
+    """Writes `params` as they are, with the settings and the tokenizer of `base`, the folder that they came from. Their
+    values are compared with those that they were quantised from, if these are at hand."""
     limit = parse_size(max_shard_size)
     formats: set[Format] = set()
     kept: list[str] = []
-    tensors: Tensors = {}
+    tensors: Sources = {}
     for name, weight in weights(model.config, params):
         tensors |= {entry.name: (entry, read) for entry, read in _tensors(name, weight)}
         if isinstance(weight.leaf, PackedArray):
@@ -51,6 +56,7 @@ def save_bnb(
         dtype=dtype,
         tokenizer=tokenizer,
         quantization_config=quantization_config(formats, dtype, kept),
+        check=(lambda stage: verify_packed(stage, model, params, quantised_from)) if verify else None,
     )
 
 

@@ -20,6 +20,7 @@ def save_merged_4bit(
     *,
     tokenizer: Any = None,
     max_shard_size: int | str = "5GB",
+    verify: bool = True,
 ) -> None:
     """What is not quantised keeps the original's dtype."""
     with Checkpoint(trained.base) as checkpoint:
@@ -27,4 +28,13 @@ def save_merged_4bit(
         model = CausalLM(merged.settings(trained.config))
         dtype = jnp.dtype(merged.dtype(EMBEDDING_WEIGHT))
         params = load_params(model, merged, dtype=dtype, precision=FourBit())
-    save_bnb(folder, trained.base, model, params, tokenizer=tokenizer, max_shard_size=max_shard_size)
+        save_bnb(
+            folder,
+            trained.base,
+            model,
+            params,
+            tokenizer=tokenizer,
+            max_shard_size=max_shard_size,
+            quantised_from=merged,
+            verify=verify,
+        )

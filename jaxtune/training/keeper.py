@@ -204,9 +204,8 @@ class Keeper:
         with_trained = copy.copy(self.model)
         part = "params" if self.model.full_finetuning else "lora"
         setattr(with_trained, part, averaged(state.trained, state.optimizer))
-        with_trained.save_pretrained(
-            folder, self.tokenizer if hasattr(self.tokenizer, "save_pretrained") else None
-        )
+        tokenizer = self.tokenizer if hasattr(self.tokenizer, "save_pretrained") else None
+        with_trained.save_pretrained(folder, tokenizer, verify=False)  # what is exported is what is verified
 
     def end(self, state: TrainState) -> TrainState:
         """What the run leaves, once all is written: the best checkpoint's state, if that was asked for."""

@@ -24,7 +24,9 @@ class Trainable(Protocol):
     gradient_checkpointing: bool | str
     stop_ids: tuple[int, ...]
 
-    def save_pretrained(self, save_directory: str | Path, tokenizer: Any = None) -> None: ...
+    def save_pretrained(
+        self, save_directory: str | Path, tokenizer: Any = None, *, verify: bool = True
+    ) -> None: ...
 
 
 Newest = Callable[[], tuple[Params, Lora | None]]
