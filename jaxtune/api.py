@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +11,29 @@ import jax.numpy as jnp
 
 from jaxtune.compilation import enable_cache
 from jaxtune.device_memory import beside
-from jaxtune.errors import AdapterError, ModelNotFoundError, OptionError
+from jaxtune.errors import AdapterError, OptionError
 from jaxtune.inference.generate import ends as ends_with
 from jaxtune.language_model import LanguageModel
-from jaxtune.loading import adapter as adapters
 from jaxtune.loading import new_tokens as new_token_rows
 from jaxtune.loading.checkpoint import Checkpoint
-from jaxtune.loading.config import read_config
+from jaxtune.loading.describe import describe
 from jaxtune.loading.dtypes import dtypes
-from jaxtune.loading.ends import read_ends
 from jaxtune.loading.hub import resolve
 from jaxtune.loading.load import load_params
 from jaxtune.loading.offloading import offloads_embedding
 from jaxtune.loading.offloading import require_known as require_known_offloading
-from jaxtune.loading.precision import choose_precision, require_known
-from jaxtune.loading.tokenizer import load_tokenizer
+from jaxtune.loading.precision import choose_precision
 from jaxtune.log import get_logger, show
 from jaxtune.lora import init as lora_init
 from jaxtune.lora import tree as lora_tree
 from jaxtune.lora.config import ALL_LINEAR, LOFTQ, PISSA, PROJECTIONS, WHOLE_MODULES, LoraConfig
 from jaxtune.lora.tables import unlike
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
-from jaxtune.models.context import at_length
-from jaxtune.models.families import FAMILIES
 from jaxtune.options import ANY, mirrors
 from jaxtune.training.remat import level
 
 log = get_logger(__name__)
 
-DEFAULT_LENGTH = 2048
-"""Unsloth's `max_seq_length`."""
 FUSED_PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 """What PROJECTIONS are called where they are fused (Phi-3)."""
 _LOAD_WITHOUT_EFFECT = {
@@ -146,61 +139,47 @@ class FastLanguageModel:
                 fix="Choose, for example, 2048.",
             )
         find = functools.partial(resolve, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-        folder = find(model_name, revision=revision)
-        adapter, tokenizer_folder = None, folder
-        if adapters.is_adapter(folder):
-            _refuse_full_finetuning(full_finetuning, f"{folder} is an adapter.")
-            adapter = adapters.read_config(folder)
-            model_name, revision = adapter.base, adapter.revision
-            folder = _find_base(adapter, find)
-            if not (tokenizer_folder / "tokenizer.json").is_file():
-                tokenizer_folder = folder
-        hf = read_config(folder, supported=FAMILIES)
-        require_known(hf, folder)
-        if hf.get("quantization_config"):
-            _refuse_full_finetuning(full_finetuning, f"{folder} holds quantised weights.")
-        config = FAMILIES[hf["model_type"]](hf)
-        max_seq_length = max_seq_length or min(DEFAULT_LENGTH, config.max_position)
-        base_lm = CausalLM(at_length(config, max_seq_length), compute_dtype=computed_dtype)
-        adapted = None if adapter is None else adapters.read_weights(adapter, base_lm)
-        causal_lm, lora, tables = adapted or (base_lm, None, {})
-        ends = read_ends(folder, hf)
-        tokenizer = load_tokenizer(
-            tokenizer_folder,
-            eos_token_id=next(iter(ends), None),
-            vocab_size=causal_lm.config.vocab_size,
+        described = describe(
+            model_name,
+            find,
+            revision=revision,
+            max_seq_length=max_seq_length,
+            compute_dtype=computed_dtype,
+            full_finetuning=full_finetuning,
         )
-        with Checkpoint(folder) as checkpoint:
+        base, causal_lm = described.base, described.model
+        with Checkpoint(described.folder) as checkpoint:
             params = load_params(
-                base_lm,
+                base,
                 checkpoint,
                 dtype=kept_dtype,
                 precision=precision,
-                offload_embedding=offloads_embedding(offload_embedding, base_lm, kept_dtype, full_finetuning),
+                offload_embedding=offloads_embedding(offload_embedding, base, kept_dtype, full_finetuning),
             )
-        tables = unlike(tables, params)
+        tables = unlike(described.tables, params)
         params |= {
             name: {"weight": beside(jnp.asarray(table, kept_dtype), params[name]["weight"])}
             for name, table in tables.items()
         }
-        if adapter is not None:
-            lora = jax.tree.map(jnp.asarray, lora)
+        lora = None
+        if described.lora is not None:
+            lora = jax.tree.map(jnp.asarray, described.lora)
             params = base_of(causal_lm, params)
         model = LanguageModel(
             causal_lm,
             params,
             lora,
-            tokenizer,
-            name_or_path=str(model_name),
-            revision=revision,
-            max_seq_length=max_seq_length,
+            described.tokenizer,
+            name_or_path=described.name,
+            revision=described.revision,
+            max_seq_length=described.max_seq_length,
             gradient_checkpointing=use_gradient_checkpointing,
-            stop_ids=ends_with(ends, tokenizer),
+            stop_ids=ends_with(described.ends, described.tokenizer),
             full_finetuning=full_finetuning,
             own_parts=frozenset(params if full_finetuning else tables),
             cache_dir=cache_dir,
         )
-        return model, tokenizer
+        return model, described.tokenizer
 
     @staticmethod
     @mirrors(_LORA_WITHOUT_EFFECT)
@@ -317,6 +296,38 @@ class FastLanguageModel:
         return model
 
 
+def without_weights(
+    model_name: str | Path,
+    *,
+    base_model: str | Path | None = None,
+    max_seq_length: int | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+) -> LanguageModel:
+    """A model that can be saved, but not run: of a base that is read when it is merged, nothing is loaded. With a
+    `base_model` in place of the one that an adapter names."""
+    find = functools.partial(resolve, token=token)
+    described = describe(
+        model_name, find, revision=revision, base_model=base_model, max_seq_length=max_seq_length
+    )
+    with Checkpoint(described.folder) as checkpoint:
+        stored = {
+            name: {"weight": checkpoint.read(f"{described.base.module_names((name,))[0]}.weight")}
+            for name in described.tables
+        }
+        tables = unlike(described.tables, stored)
+    return LanguageModel(
+        described.model,
+        {name: {"weight": table} for name, table in tables.items()},
+        described.lora,
+        described.tokenizer,
+        name_or_path=described.name,
+        revision=described.revision,
+        max_seq_length=described.max_seq_length,
+        own_parts=frozenset(tables),
+    )
+
+
 def add_new_tokens(
     model: LanguageModel,
     tokenizer: Any,
@@ -352,17 +363,6 @@ def add_new_tokens(
     )  # fmt: skip
     model.params = {**model.params, **grown}
     model.own_parts |= frozenset(grown)
-
-
-def _find_base(adapter: adapters.AdapterFolder, find: Callable[..., Path]) -> Path:
-    try:
-        return find(adapter.base, revision=adapter.revision)
-    except ModelNotFoundError as error:
-        raise ModelNotFoundError(
-            f"{adapter.folder / 'adapter_config.json'} names {adapter.base!r} as its base model. {error.found}",
-            expected=error.expected,
-            fix=f"{error.fix} Or write the right folder or id into that file.",
-        ) from error
 
 
 def base_of(causal_lm: CausalLM, params: Params) -> Params:
@@ -422,12 +422,3 @@ def _last_layers(model: LanguageModel, count: int, layers: Any) -> list[int]:
 def _names(given: Any) -> Any:
     """A list as a tuple; LoraConfig says what else may be."""
     return tuple(given) if isinstance(given, list | set) else given
-
-
-def _refuse_full_finetuning(asked: bool, found: str) -> None:
-    if asked:
-        raise OptionError(
-            f"full_finetuning=True, and {found}",
-            expected="a whole model in 16 or 32 bits: every weight is trained, as it is.",
-            fix="Name the original model; merge an adapter first with save_pretrained_merged.",
-        )

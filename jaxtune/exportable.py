@@ -49,6 +49,8 @@ _MERGES = {
     "merged_4bit": save_merged_4bit,
     "merged_4bit_forced": save_merged_4bit,
 }
+SAVE_METHODS = (*_MERGES, "lora")
+"""Of save_pretrained_merged."""
 
 
 class Exportable:
@@ -128,8 +130,8 @@ class Exportable:
         if save_method not in _MERGES:
             raise OptionError(
                 f"save_method={save_method!r}.",
-                expected=f"one of {', '.join(_MERGES)}, or lora.",
-                fix=f"Leave save_method out.{nearest(str(save_method), (*_MERGES, 'lora'))}",
+                expected=f"one of {', '.join(SAVE_METHODS)}.",
+                fix=f"Leave save_method out.{nearest(str(save_method), SAVE_METHODS)}",
             )
         parse_size(max_shard_size)
         _MERGES[save_method](

@@ -14,11 +14,17 @@ from jaxtune import log
 from jaxtune.cli import sft
 from jaxtune.cli.demo import demo
 from jaxtune.cli.doctor import doctor
+from jaxtune.cli.export import export
 from jaxtune.cli.options import options
 from jaxtune.errors import JaxtuneError
 from jaxtune.version import __version__
 
-COMMANDS: dict[str, Callable[..., int]] = {"demo": demo, "doctor": doctor, "options": options}
+COMMANDS: dict[str, Callable[..., int]] = {
+    "demo": demo,
+    "doctor": doctor,
+    "export": export,
+    "options": options,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,7 +12,8 @@ from jaxtune.errors import JaxtuneError, ModelNotFoundError, nearest
 from jaxtune.loading.checkpoint import foreign_weights
 
 # Configs, tokenizers, templates and safetensors; nothing that could run code.
-WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+WEIGHTS = "*.safetensors"
+WANTED = ("*.json", WEIGHTS, "*.jinja", "*.model", "merges.txt", "vocab.txt")
 # Subfolders hold other formats of the same weights (onnx/, original/); Mistral's repositories have a second
 # copy of them all in one file, and a second tokenizer.
 UNWANTED = ("*/*", "consolidated*.safetensors", "tekken.json")
@@ -25,8 +26,10 @@ def resolve(
     token: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    weights: bool = True,
 ) -> Path:
-    """The model's local folder: `name_or_path` if it is one, else the hub's model of that id, fetched."""
+    """The model's local folder: `name_or_path` if it is one, else the hub's model of that id, fetched; without its
+    weights if these are not wanted."""
     name = str(name_or_path)
     path = Path(os.path.expanduser(name))
     if name and path.is_dir():  # an empty name would be the current folder
@@ -39,8 +42,10 @@ def resolve(
         )
     if isinstance(name_or_path, Path) or not _could_be_hub_id(name):
         raise _no_such_folder(name, path)
-    folder = _download(name, revision, token, cache_dir, local_files_only)
-    _require_loadable_weights(folder, name, token)
+    wanted = [form for form in WANTED if weights or form != WEIGHTS]
+    folder = _download(name, revision, token, cache_dir, local_files_only, wanted)
+    if weights:
+        _require_loadable_weights(folder, name, token)
     return folder
 
 
@@ -72,6 +77,7 @@ def _download(
     token: str | None,
     cache_dir: str | Path | None,
     local_files_only: bool,
+    wanted: list[str],
 ) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -82,7 +88,7 @@ def _download(
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
-            allow_patterns=list(WANTED),
+            allow_patterns=wanted,
             ignore_patterns=list(UNWANTED),
         )
     # The client's errors, its HTTP library's and its transfer library's have no base in common but this.

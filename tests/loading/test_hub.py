@@ -263,3 +263,9 @@ class TestFailures:
 def test_importing_it_does_not_import_the_hub_client():
     code = "import sys, jaxtune.loading.hub; sys.exit('huggingface_hub' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY_ROOT).returncode == 0
+
+
+def test_all_but_the_weights(hub: FakeHub, home: Path) -> None:
+    found = resolve_elsewhere(hub.environment(home), weights=False)
+    assert files_under(Path(found["folder"])) == {"config.json"}
+    assert not any("safetensors" in request for request in hub.requests)

@@ -196,9 +196,15 @@ _KEPT = re.compile(
 
 
 def tensor_types(
-    method: str, shapes: Mapping[str, tuple[int, ...]], layout: Layout, *, weighted: bool = False
+    method: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    layout: Layout,
+    *,
+    weighted: bool = False,
+    say: Callable[..., None] = log.info,
 ) -> dict[str, TensorType]:
-    """For each GGUF name its type in a file of `method`. `weighted`: an importance matrix is used."""
+    """For each GGUF name its type in a file of `method`. `weighted`: an importance matrix is used. `say` is told of
+    types that are not what the method has, since rows are no whole blocks of those."""
     mixture = MIXTURES[method]
     tied = "output.weight" not in shapes
     of_kind = Counter(filter(None, map(_kind, shapes)))
@@ -224,7 +230,12 @@ def tensor_types(
                 chosen = _of_kind(mixture, kind, at)
             if mixture.both_ends and kind in ("embedding", "head"):
                 chosen = mixture.both_ends
-            types[name] = _fitting(name, width, chosen)
+            types[name] = _fitting(width, chosen)
+            if types[name] is not chosen:
+                say(
+                    "%s is written as %s: its rows of %d are no whole blocks of %s.",
+                    name, types[name].name, width, chosen.name,
+                )  # fmt: skip
     return types
 
 
@@ -272,21 +283,11 @@ def is_kept(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) < 2 or not name.endswith(".weight") or _KEPT.search(name) is not None
 
 
-def _fitting(name: str, width: int, chosen: TensorType) -> TensorType:
+def _fitting(width: int, chosen: TensorType) -> TensorType:
     fallback = chosen
     if width % fallback.block:
         fallback = _FALLBACKS.get(chosen, IQ4_NL if chosen.block > 32 else chosen)
-    if width % fallback.block:
-        fallback = F16
-    if fallback is not chosen:
-        log.info(
-            "%s is written as %s: its rows of %d are no whole blocks of %s.",
-            name,
-            fallback.name,
-            width,
-            chosen.name,
-        )
-    return fallback
+    return F16 if width % fallback.block else fallback
 
 
 def place(name: str) -> tuple[int, str]:

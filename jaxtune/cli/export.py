@@ -1,0 +1,130 @@
+"""`jaxtune export`: an adapter, or a whole model, as something that others run: GGUF, or a merged folder.
+
+Weights are read from the base as they are merged: neither the device nor the host ever holds the model.
+"""
+
+import functools
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.table import Table
+
+from jaxtune.cli import report
+from jaxtune.errors import OptionError, nearest
+
+GGUF = "gguf"
+
+
+def export(
+    model: Annotated[str | None, tyro.conf.Positional] = None,
+    to: str = GGUF,
+    output_dir: Path | None = None,
+    quantization_method: tuple[str, ...] = (),
+    imatrix_file: Path | None = None,
+    max_shard_size: str | None = None,
+    base_model: str | None = None,
+    max_seq_length: int | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    verify: bool = True,
+    lists: Annotated[bool, tyro.conf.arg(name="list")] = False,
+) -> int:
+    """Writes a model for llama.cpp, Ollama, vLLM or transformers: an adapter merged into its base, or a whole model.
+
+    Args:
+        model: The hub id or the folder of an adapter, ours or PEFT's, or of a model.
+        to: What it becomes: gguf, or a save_method of save_pretrained_merged; --list names them.
+        output_dir: The folder; of GGUF, its name without the _gguf that it ends with. Left out, the model's name.
+        quantization_method: Of GGUF, one or several; --list names them. Left out, q8_0.
+        imatrix_file: Of GGUF: what llama-imatrix measured with the model.
+        max_shard_size: The most that one file holds, such as 5GB.
+        base_model: The hub id or the folder of the base, in place of the one that the adapter names.
+        max_seq_length: The length that the model was trained for, if it was stretched for that.
+        token: The hub's, for models that are gated.
+        revision: A branch, tag or commit of the hub's model.
+        verify: With --no-verify, what was written is not read back and compared.
+        lists: List all that --to and --quantization-method can be, with sizes for the model, or for Llama 3.1 8B.
+
+    Returns:
+        0.
+    """
+    if lists:
+        show_methods(model, base_model, token, revision)
+        return 0
+    if model is None:
+        raise OptionError(
+            "No model was named.",
+            expected="the hub id or the folder of an adapter or of a model.",
+            fix="jaxtune export MODEL --to gguf; or jaxtune export --list.",
+        )
+    _require(to, quantization_method, imatrix_file)
+    from jaxtune.api import without_weights
+
+    found = without_weights(
+        model, base_model=base_model, max_seq_length=max_seq_length, token=token, revision=revision
+    )
+    name = Path(model).expanduser().resolve().name
+    folder = Path(name if to == GGUF else f"{name}-{to}") if output_dir is None else output_dir.expanduser()
+    if to == GGUF:
+        files = found.save_pretrained_gguf(
+            folder.with_name(folder.name.removesuffix("_gguf")),
+            quantization_method=quantization_method or "q8_0",
+            imatrix_file=imatrix_file,
+            max_shard_size=max_shard_size,
+            token=token,
+            verify=verify,
+        )
+        uses = {file.name: f"for llama.cpp: llama-cli -m {file.name}" for file in files}
+        report.files(
+            files[0].parent, uses | {"Modelfile": f"for Ollama, there: ollama create {name.lower()}"}
+        )
+    else:
+        size = max_shard_size or "5GB"
+        found.save_pretrained_merged(
+            folder, found.tokenizer, save_method=to, max_shard_size=size, token=token, verify=verify
+        )
+        report.files(
+            folder.parent, {folder.name: "for transformers, vLLM, FastLanguageModel.from_pretrained"}
+        )
+    return 0
+
+
+def _require(to: str, quantization_method: tuple[str, ...], imatrix_file: Path | None) -> None:
+    """Before anything is fetched."""
+    from jaxtune.export.gguf.folder import check_methods
+    from jaxtune.exportable import SAVE_METHODS
+
+    if to == GGUF:
+        check_methods(quantization_method or None, imatrix_file)
+    elif to not in SAVE_METHODS:
+        raise OptionError(
+            f"--to {to}.",
+            expected=f"one of {', '.join((GGUF, *SAVE_METHODS))}.",
+            fix=f"Choose one of these.{nearest(to, (GGUF, *SAVE_METHODS))}",
+        )
+    elif quantization_method or imatrix_file:
+        option = "--quantization-method" if quantization_method else "--imatrix-file"
+        raise OptionError(
+            f"{option} with --to {to}.", expected="that of GGUF.", fix=f"Leave it out, or say --to {GGUF}."
+        )
+
+
+def show_methods(model: str | None, base_model: str | None, token: str | None, revision: str | None) -> None:
+    from jaxtune.export.gguf.sizes import LLAMA_8B, sizes
+    from jaxtune.exportable import SAVE_METHODS
+    from jaxtune.loading.describe import architecture
+    from jaxtune.loading.hub import resolve
+
+    config, of = LLAMA_8B, "Llama 3.1 8B"
+    if model is not None:
+        find = functools.partial(resolve, token=token, weights=False)
+        config, of = architecture(model, find, revision=revision, base_model=base_model), model
+    table = Table(
+        "--quantization-method", "bits/weight", "size", "", title=f"--to gguf, of {of}", title_justify="left"
+    )
+    for method, size in sizes(config).items():
+        note = "with --imatrix-file only" if size.needs_importance else ""
+        table.add_row(method, f"{size.bits:.2f}", report.size_text(size.nbytes), note)
+    report.console.print(table)
+    report.say(f"--to can also be: {', '.join(SAVE_METHODS)}")
