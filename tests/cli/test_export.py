@@ -88,7 +88,7 @@ def test_a_whole_model(made, here):
 @pytest.fixture(scope="module")
 def with_tokens(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokens")
-    base = Adapted(folder, num_hidden_layers=1, adapter=False)
+    base = Adapted(folder, num_hidden_layers=1, adapter=False, vocab_size=len(models.tokenizer()))
     jaxtune.add_new_tokens(base.model, base.tokenizer, ["<new>"])
     model = jaxtune.FastLanguageModel.get_peft_model(base.model, r=4)
     model.save_pretrained(folder / "adapter", base.tokenizer)

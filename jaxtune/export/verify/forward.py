@@ -36,7 +36,7 @@ from jaxtune.models.families import FAMILIES
 
 log = get_logger(__name__)
 
-_TOKENS = 16
+_TOKENS = 32
 _ROWS = 16384
 """Of the head, at a time."""
 _ALIGNMENT = 64
@@ -143,17 +143,12 @@ class _Model:
         for path in self._paths:
             if not names.is_stacked(path):
                 array = self.read(names.hf_names(self.config, path)[0])
-                insert(
-                    params, path, np.asarray(array[rows] if path[0] in WHOLE_MODULES else array, np.float32)
-                )
+                insert(params, path, self._lent(path, array[rows] if path[0] in WHOLE_MODULES else array))
         return params, {name: _rows(self.lora[name], rows) for name in WHOLE_MODULES if name in self.lora}
 
     def excerpts(self, rows: np.ndarray) -> Iterator[_Excerpt]:
         """Each layer, in order, beside these rows of the vocabulary. The next one takes the place of the last one."""
         ends, lora_ends = self.ends(rows)
-        ends[EMBEDDING] = {
-            "weight": ends[EMBEDDING]["weight"].astype(np.float32)
-        }  # to which trained rows are rounded
         lora = self._settled({**self.lora, **lora_ends})
         for s, (layers, period) in enumerate(self.config.segments):
             for n, i in enumerate(layers):
@@ -174,15 +169,17 @@ class _Model:
     def logits(self, x_BTM: jax.Array) -> np.ndarray:
         """[B, T, V]"""
         pieces = [slice(start, start + _ROWS) for start in range(0, self.config.vocab_size, _ROWS)]
-        return np.concatenate([_logits(self.model, *self.ends(piece), x_BTM) for piece in pieces], axis=-1)
+        each = [np.asarray(_logits(self.model, *self.ends(piece), x_BTM)) for piece in pieces]
+        return np.concatenate(each, axis=-1)
 
     def _lent(self, path: names.Path, array: np.ndarray) -> np.ndarray:
-        """A copy where jax takes it without one of its own, in memory that is used again."""
-        key = (path, array.shape, array.dtype)
+        """In float32, where jax takes it without a copy of its own, in memory that is used again once what was computed
+        with it is there: to ask the system for so much memory every time would take longer than all else."""
+        key = (path, array.shape)
         if key not in self._buffers:
-            room = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
+            room = np.empty(array.size * 4 + _ALIGNMENT, np.uint8)
             start = -room.ctypes.data % _ALIGNMENT
-            self._buffers[key] = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+            self._buffers[key] = room[start:][: array.size * 4].view(np.float32).reshape(array.shape)
         np.copyto(self._buffers[key], array)
         return self._buffers[key]
 

@@ -94,12 +94,10 @@ def verify_gguf(
                 expected="the bytes that were written.",
                 fix=AGAIN,
             )
+    off = written.furthest
+    lost = f"off by at most {off.share:.0%} of what their types allow ({off.name})" if off.error else "exact"
     log.info(
-        "%s: read back, %s as written; values off by at most %.0f%% of what their types allow (%s).",
-        path.name,
-        counted(len(file.tensors), "tensor"),
-        100 * written.furthest.share,
-        written.furthest.name,
+        "%s: read back, %s as written; values %s.", path.name, counted(len(file.tensors), "tensor"), lost
     )
 
 
