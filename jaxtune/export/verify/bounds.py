@@ -15,7 +15,7 @@ from jaxtune.export.gguf.quants import TensorType
 
 class Bound(NamedTuple):
     error: float
-    """Of a block, in these units. A third more than the worst that was found (docs/export.md)."""
+    """Of a block, in these units. Beyond the worst that was found (docs/export.md) by a sixth to a third."""
     reach: float
     """The largest multiple of the float16 scale that a value can be: where scales are so small that float16 rounds them
     coarsely, values are off by that many times half its smallest step."""
