@@ -8,6 +8,7 @@ were trained on: the result is "16-bit base + adapter", and differs from the mod
 """
 
 import dataclasses
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -29,6 +30,8 @@ SCALES = (".absmax", ".SCB", ".weight_scale", ".weight_scale_inv")
 """What lies beside a quantised weight, which itself may go by any dtype."""
 AT_ONCE = 1 << 20
 """Numbers that are merged at once: whole rows, so few that they stay in a processor's cache."""
+_PRODUCTS = threading.Lock()
+"""One product at a time: BLAS has threads of its own, which callers from several threads keep waiting."""
 
 
 class Trained(NamedTuple):
@@ -70,7 +73,8 @@ class Update:
 
     def rows(self, start: np.ndarray, rows: slice) -> np.ndarray:
         """Some rows of the sum, float32."""
-        merged = self.b[rows] @ self.a
+        with _PRODUCTS:
+            merged = self.b[rows] @ self.a
         merged *= np.float32(self.config.scale_of(self.module))
         merged += start[rows].astype(np.float32)
         if self.lengths is not None:
@@ -157,11 +161,10 @@ class MergedCheckpoint:
             return _rounded(name, weight, dtype)
         merged, start = np.empty(weight.shape, dtype), change.start(weight)
         step = max(1, AT_ONCE // weight.shape[1])
-        for first in range(0, len(merged), step):
-            rows = slice(first, first + step)
-            with np.errstate(over="ignore", invalid="ignore"):  # reported with the tensor's name
-                summed = change.rows(start, rows)
-            merged[rows] = _rounded(name, summed, dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # reported with the tensor's name
+            for first in range(0, len(merged), step):
+                rows = slice(first, first + step)
+                merged[rows] = _rounded(name, change.rows(start, rows), dtype)
         return merged
 
     def origin(self, name: str) -> str:

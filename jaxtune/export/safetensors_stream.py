@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxtune.loading.read_ahead import read_ahead
 
-AHEAD = 1 << 29
+AHEAD = 1 << 30
 """Bytes of tensors that may wait to be written."""
 _ALIGNMENT = 8  # of where the data begins; the header is padded with spaces
 _NAMES = {

@@ -2,9 +2,10 @@
 
 Compilers take liberties with floats that change these bytes, and each has its remedy here. A product that is then added
 to something would be fused with the sum; its bits pass through an integer operation of which only the caller knows that
-it does nothing (`sealed`). Quotients and roots are approximate; they are taken in float64 and rounded, and of numbers
-that are sealed too, for a quotient by a constant would become a product. What is left are numbers so small that a
-product of theirs may vanish, which a CPU's program takes for zero: `are_odd` finds who has some, which numpy then does.
+it does nothing (`sealed`). Quotients and roots are approximate; they are taken in float64 and rounded, sealed before
+and after, for else a quotient by a constant becomes a product, and one that is rounded the float32 one again. What is
+left are numbers so small that a product of theirs may vanish, which a CPU's program takes for zero: `are_odd` finds
+the rows that have some, which numpy then does.
 """
 
 import dataclasses
@@ -59,13 +60,18 @@ class JaxSearch:
         return self.sealed(a * b)
 
     def quotient(self, a: Any, b: Any) -> jax.Array:
-        return self.sealed((self._wide(a) / self._wide(b)).astype(jnp.float32))
+        return self._rounded(self._wide(a) / self._wide(b))
 
     def root(self, x: jax.Array) -> jax.Array:
-        return self.sealed(jnp.sqrt(self._wide(x)).astype(jnp.float32))
+        return self._rounded(jnp.sqrt(self._wide(x)))
 
     def _wide(self, x: Any) -> jax.Array:
         return self.sealed(jnp.asarray(x, jnp.float32)).astype(jnp.float64)
+
+    def _rounded(self, x: jax.Array) -> jax.Array:
+        """A float64 as float32, of which a compiler must not know that it was made of float32."""
+        bits = lax.bitcast_convert_type(x, jnp.int64) ^ self.nought.astype(jnp.int64)
+        return self.sealed(lax.bitcast_convert_type(bits, jnp.float64).astype(jnp.float32))
 
     def nearest(self, x: jax.Array) -> jax.Array:
         return (lax.bitcast_convert_type(self.sealed(x) + _MAGIC, jnp.int32) & 0x7FFFFF) - 0x400000
