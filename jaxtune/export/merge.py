@@ -8,7 +8,6 @@ were trained on: the result is "16-bit base + adapter", and differs from the mod
 """
 
 import dataclasses
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -28,10 +27,8 @@ from jaxtune.models.config import ModelConfig
 EMBEDDING_WEIGHT, HEAD_WEIGHT = f"{lora_config.EMBEDDING_PATH}.weight", f"{lora_config.HEAD_PATH}.weight"
 SCALES = (".absmax", ".SCB", ".weight_scale", ".weight_scale_inv")
 """What lies beside a quantised weight, which itself may go by any dtype."""
-AT_ONCE = 1 << 20
+AT_ONCE = 1 << 18
 """Numbers that are merged at once: whole rows, so few that they stay in a processor's cache."""
-_PRODUCTS = threading.Lock()
-"""One product at a time: BLAS has threads of its own, which callers from several threads keep waiting."""
 
 
 class Trained(NamedTuple):
@@ -71,15 +68,19 @@ class Update:
             return weight
         return np.asarray(rest_of(jnp.asarray(weight), self.config, self.module))
 
-    def rows(self, start: np.ndarray, rows: slice) -> np.ndarray:
-        """Some rows of the sum, float32."""
-        with _PRODUCTS:
-            merged = self.b[rows] @ self.a
-        merged *= np.float32(self.config.scale_of(self.module))
-        merged += start[rows].astype(np.float32)
-        if self.lengths is not None:
-            own = np.linalg.norm(merged, axis=1)
-            merged *= (self.lengths[rows] / np.maximum(own, np.finfo(np.float32).tiny))[:, None]
+    def added_to(self, start: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+        """The sum, formed in float32 and rounded to `dtype`."""
+        merged, scale = np.empty(start.shape, dtype), np.float32(self.config.scale_of(self.module))
+        step = max(1, AT_ONCE // start.shape[1])
+        for first in range(0, len(start), step):
+            rows = slice(first, first + step)
+            change = self.b[rows] @ self.a
+            change *= scale
+            change += start[rows].astype(np.float32)
+            if self.lengths is not None:
+                own = np.linalg.norm(change, axis=1)
+                change *= (self.lengths[rows] / np.maximum(own, np.finfo(np.float32).tiny))[:, None]
+            merged[rows] = _rounded(name, change, dtype)
         return merged
 
 
@@ -159,13 +160,8 @@ class MergedCheckpoint:
         weight = self.checkpoint.read(origin) if own is None else np.asarray(own.fetch())
         if change is None:
             return _rounded(name, weight, dtype)
-        merged, start = np.empty(weight.shape, dtype), change.start(weight)
-        step = max(1, AT_ONCE // weight.shape[1])
         with np.errstate(over="ignore", invalid="ignore"):  # reported with the tensor's name
-            for first in range(0, len(merged), step):
-                rows = slice(first, first + step)
-                merged[rows] = _rounded(name, change.rows(start, rows), dtype)
-        return merged
+            return change.added_to(change.start(weight), dtype, name)
 
     def origin(self, name: str) -> str:
         """The tensor of the checkpoint that this one is made of: of a tied head, the embedding."""

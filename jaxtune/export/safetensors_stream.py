@@ -11,10 +11,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxtune.loading.read_ahead import read_ahead
+from jaxtune.export.ahead import ahead
 
-AHEAD = 1 << 30
-"""Bytes of tensors that may wait to be written."""
 _ALIGNMENT = 8  # of where the data begins; the header is padded with spaces
 _NAMES = {
     np.dtype(np.float64): "F64",
@@ -67,5 +65,5 @@ def write_safetensors(path: Path, entries: Sequence[Entry], read: Callable[[str]
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         jobs = ((entry, entry.nbytes) for entry in entries)
-        for _, found in read_ahead(jobs, lambda entry: {"": read(entry.name)}, ahead=AHEAD):
-            file.write(np.ascontiguousarray(found[""]).reshape(-1).view(np.uint8))
+        for _, array in ahead(jobs, lambda entry: read(entry.name)):
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))

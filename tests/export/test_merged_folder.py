@@ -10,8 +10,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from jaxtune import get_chat_template
-from jaxtune.export import safetensors_stream
-from jaxtune.export.gguf import folder as gguf_folder
+from jaxtune.export import ahead, merge
 from jaxtune.export.hf_folder import parse_size
 from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.lora.tree import modules
@@ -167,8 +166,8 @@ def test_memory_holds_a_few_tensors(tmp_path, monkeypatch):
     adapted = Adapted(tmp_path, num_hidden_layers=24, hidden_size=256, intermediate_size=512, vocab_size=512)
     whole = sum(path.stat().st_size for path in adapted.base.glob("*.safetensors"))
     largest = 512 * 256 * 4
-    for module in (safetensors_stream, gguf_folder):
-        monkeypatch.setattr(module, "AHEAD", largest)
+    monkeypatch.setattr(ahead, "AHEAD", largest)
+    monkeypatch.setattr(merge, "AT_ONCE", largest // 16)
     _ = [np.asarray(leaf) for _, ab in modules(adapted.model.lora) for leaf in ab.values()]
     adapted.save_merged(tmp_path / "warm")
     tracemalloc.start()

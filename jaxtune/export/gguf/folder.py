@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxtune.errors import OptionError, nearest
+from jaxtune.export.ahead import ahead
 from jaxtune.export.gguf import ropes, tensors
 from jaxtune.export.gguf.architectures import Architecture, architecture_of
 from jaxtune.export.gguf.imatrix import Importance, for_tensor, read_imatrix
@@ -22,10 +23,8 @@ from jaxtune.export.gguf.vocab import model_name, vocabulary
 from jaxtune.export.gguf.writer import TensorInfo, write_gguf
 from jaxtune.export.merge import MergedCheckpoint, Trained
 from jaxtune.export.ollama import MODELFILE, modelfile
-from jaxtune.export.safetensors_stream import AHEAD
 from jaxtune.folders import named, staged
 from jaxtune.loading.checkpoint import Checkpoint
-from jaxtune.loading.read_ahead import read_ahead
 from jaxtune.log import counted, get_logger
 from jaxtune.models.config import ModelConfig
 
@@ -147,17 +146,16 @@ def _write(
             )
     factors = ropes.tensors(config)
 
-    def stored(info: TensorInfo) -> dict[str, np.ndarray]:
+    def stored(info: TensorInfo) -> np.ndarray:
         if info.name in factors:
-            return {"": factors[info.name]}
-        return {"": tensors.as_stored(architecture, config, info.name, merged.read(names[info.name]))}
+            return factors[info.name]
+        return tensors.as_stored(architecture, config, info.name, merged.read(names[info.name]))
 
     def encoded(info: TensorInfo) -> np.ndarray:
-        _, array = next(ahead)
-        return encode(array[""], info.type, info.name, for_tensor(importance, info.name, info.shape))
+        _, array = next(arrays)
+        return encode(array, info.type, info.name, for_tensor(importance, info.name, info.shape))
 
-    jobs = ((info, 2 * math.prod(info.shape)) for info in infos)
-    with contextlib.closing(read_ahead(jobs, stored, ahead=AHEAD)) as ahead:
+    with contextlib.closing(ahead(((info, 2 * math.prod(info.shape)) for info in infos), stored)) as arrays:
         write_gguf(path, metadata, infos, encoded)
 
 

@@ -104,7 +104,8 @@ class JaxSearch:
         return x.reshape(-1, n).T
 
     def half(self, x: jax.Array) -> jax.Array:
-        return self.sealed(x).astype(jnp.float16)
+        rounded = lax.bitcast_convert_type(x.astype(jnp.float16), jnp.int16)  # else it may be left in float32
+        return lax.bitcast_convert_type(rounded ^ self.nought.astype(jnp.int16), jnp.float16)
 
     def packed(self, codes: jax.Array, bits: int, axis: int) -> jax.Array:
         each = jnp.unstack(codes, axis=axis)
