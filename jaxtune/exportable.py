@@ -1,6 +1,7 @@
 """What a model can be saved as: an adapter, a merged folder, GGUF. The methods of LanguageModel that write."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtune.errors import AdapterError, ModelNotFoundError, OptionError, nearest
 from jaxtune.export.adapter import save_adapter
 from jaxtune.export.bnb_folder import save_bnb
+from jaxtune.export.compressed_folder import SCHEMES, save_compressed
 from jaxtune.export.gguf.folder import check_methods, save_gguf
 from jaxtune.export.hf_folder import parse_size
 from jaxtune.export.merge import Trained
@@ -45,10 +47,12 @@ _GGUF_WITHOUT_EFFECT = {
 }
 
 
-_MERGES = {
+_MERGES: dict[str, Callable[..., None]] = {
     "merged_16bit": save_merged_16bit,
     "merged_4bit": save_merged_4bit,
     "merged_4bit_forced": save_merged_4bit,
+    **{scheme: functools.partial(save_compressed, scheme=scheme) for scheme in SCHEMES},
+    "fp8": functools.partial(save_compressed, scheme="fp8_dynamic"),
 }
 
 
@@ -108,7 +112,8 @@ class Exportable:
             save_directory: The folder.
             tokenizer: What is saved with it; None saves none.
             save_method: "merged_16bit"; "merged_4bit", which quantises the merge as a bitsandbytes checkpoint (as
-                "merged_4bit_forced" does); or "lora", which writes the adapter alone.
+                "merged_4bit_forced" does); "fp8_dynamic" ("fp8"), "w8a16" or "w4a16", which quantise it as a
+                compressed-tensors checkpoint, for vLLM; or "lora", which writes the adapter alone.
             max_shard_size: The most that one file of weights holds.
             token: The hub's, to fetch original weights that are gated.
         """
