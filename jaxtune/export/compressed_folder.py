@@ -22,7 +22,6 @@ from jaxtune.errors import UnsupportedModelError
 from jaxtune.export.hf_folder import parse_size, split, write_model
 from jaxtune.export.merge import EMBEDDING_WEIGHT, MergedCheckpoint, Trained
 from jaxtune.export.safetensors_stream import Entry
-from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.log import counted, get_logger
 
 log = get_logger(__name__)
@@ -80,7 +79,7 @@ def save_compressed(
     """`scheme` is one of SCHEMES."""
     limit = parse_size(max_shard_size)
     chosen = SCHEMES[scheme]
-    with Checkpoint(trained.base) as checkpoint:
+    with trained.open() as checkpoint:
         merged = MergedCheckpoint.of(checkpoint, trained)
         linears = [name for name in merged.names if _is_linear(name, merged.shape(name))]
         spared = [name for name in linears if not chosen.holds(merged.shape(name))]
