@@ -204,6 +204,6 @@ def _require_original(checkpoint: Checkpoint | Dequantized) -> None:
             raise CheckpointError(
                 f"{checkpoint.folder} holds quantised weights: {name} ({dtype}).",
                 expected="float32, float16 or bfloat16: a merge is of original weights, not quantised ones.",
-                fix="Name the original 16-bit model with original_model=; or save the adapter, or the quantised model as "
-                "it is, with save_pretrained.",
+                fix="Name the original 16-bit model with original_model=; or save the adapter, or the quantised model "
+                "as it is, with save_pretrained.",
             )
