@@ -21,6 +21,7 @@ import numpy as np
 from jaxtune.errors import UnsupportedModelError
 from jaxtune.export.hf_folder import parse_size, split, write_model
 from jaxtune.export.merge import EMBEDDING_WEIGHT, MergedCheckpoint, Trained
+from jaxtune.export.original import record_of
 from jaxtune.export.safetensors_stream import Entry
 from jaxtune.log import counted, get_logger
 
@@ -84,14 +85,11 @@ def save_compressed(
         linears = [name for name in merged.names if _is_linear(name, merged.shape(name))]
         spared = [name for name in linears if not chosen.holds(merged.shape(name))]
         _report_spared(scheme, merged, spared, len(linears))
+        packed = set(linears) - set(spared)
         tensors: Tensors = {}
         for name in merged.names:
-            parts = (
-                _parts(merged, name, chosen)
-                if name in linears and name not in spared
-                else _whole(merged, name)
-            )
-            tensors |= parts
+            tensors |= _parts(merged, name, chosen) if name in packed else _whole(merged, name)
+        settings = quantization_config(chosen, [name.removesuffix(".weight") for name in spared])
         write_model(
             folder,
             trained.base,
@@ -100,16 +98,15 @@ def save_compressed(
             lambda name: tensors[name][1](),
             dtype=merged.dtype(EMBEDDING_WEIGHT),
             tokenizer=tokenizer,
-            quantization_config=quantization_config(
-                chosen, [name.removesuffix(".weight") for name in spared]
-            ),
+            quantization_config=settings | record_of(trained),
         )
 
 
 def quantization_config(scheme: Scheme, spared: list[str]) -> dict[str, Any]:
     """`spared` are linears of the layers that stay in 16 bits; the head does anyway."""
     alike = {"num_bits": scheme.bits, "type": "float" if scheme.is_float else "int", "symmetric": True}
-    strategy = "group" if scheme.group else "channel"
+    strategy = {"strategy": "group" if scheme.group else "channel", "group_size": scheme.group}
+    activations = {**alike, "strategy": "token", "dynamic": True} if scheme.is_float else None
     return {
         "quant_method": "compressed-tensors",
         "version": VERSION,
@@ -118,10 +115,8 @@ def quantization_config(scheme: Scheme, spared: list[str]) -> dict[str, Any]:
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
-                "weights": {**alike, "strategy": strategy, "group_size": scheme.group, "dynamic": False},
-                "input_activations": {**alike, "strategy": "token", "dynamic": True}
-                if scheme.is_float
-                else None,
+                "weights": {**alike, **strategy, "dynamic": False},
+                "input_activations": activations,
                 "output_activations": None,
             }
         },
@@ -194,16 +189,17 @@ def _parts(merged: MergedCheckpoint, name: str, scheme: Scheme) -> Tensors:
     def codes() -> np.ndarray:
         return _by_rows(lambda rows: codes_of(rows, scales_of(rows, scheme), scheme), merged.read(name))
 
-    entries = {Entry(f"{module}weight_scale", (out, inn // (scheme.group or inn)), dtype): scales}
+    def packed() -> np.ndarray:
+        return pack(codes(), scheme.bits)
+
+    parts = [(Entry(f"{module}weight_scale", (out, inn // (scheme.group or inn)), dtype), scales)]
     if scheme.is_float:
-        entries[Entry(name, (out, inn), _FLOAT8)] = codes
+        parts.append((Entry(name, (out, inn), _FLOAT8), codes))
     else:
         words = -(-inn * scheme.bits // 32)
-        entries[Entry(f"{module}weight_packed", (out, words), np.dtype(np.int32))] = lambda: pack(
-            codes(), scheme.bits
-        )
-        entries[Entry(f"{module}weight_shape", (2,), np.dtype(np.int64))] = lambda: np.array([out, inn])
-    return {entry.name: (entry, read) for entry, read in entries.items()}
+        parts.append((Entry(f"{module}weight_packed", (out, words), np.dtype(np.int32)), packed))
+        parts.append((Entry(f"{module}weight_shape", (2,), np.dtype(np.int64)), lambda: np.array([out, inn])))
+    return {entry.name: (entry, read) for entry, read in parts}
 
 
 def _grouped(weight: np.ndarray, scheme: Scheme) -> np.ndarray:

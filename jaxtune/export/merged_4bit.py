@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxtune.export.bnb_folder import save_bnb
 from jaxtune.export.merge import EMBEDDING_WEIGHT, MergedCheckpoint, Trained
-from jaxtune.export.original import Base, record
+from jaxtune.export.original import record_of
 from jaxtune.loading.load import load_params
 from jaxtune.models.causal_lm import CausalLM
 from jaxtune.quant import FourBit
@@ -27,7 +27,6 @@ def save_merged_4bit(
         model = CausalLM(merged.settings(trained.config))
         dtype = jnp.dtype(merged.dtype(EMBEDDING_WEIGHT))
         params = load_params(model, merged, dtype=dtype, precision=FourBit())
-    is_as_it_was = trained.lora is None and not trained.own
     save_bnb(
         folder,
         trained.base,
@@ -35,5 +34,5 @@ def save_merged_4bit(
         params,
         tokenizer=tokenizer,
         max_shard_size=max_shard_size,
-        record=record(Base(trained.base, trained.name, trained.revision)) if is_as_it_was else {},
+        record=record_of(trained),
     )

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxtune import quant
 from jaxtune.errors import AdapterError, CheckpointError, ConfigError, ModelNotFoundError, OptionError
+from jaxtune.export.merge import Trained
 from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.loading.config import CONFIG_FILE, read_json
 from jaxtune.loading.dequantized import Dequantized
@@ -96,6 +97,13 @@ def record(base: Base) -> dict[str, Any]:
     """What a quantised copy of `base` says of its original."""
     revision = base.revision or (base.folder.name if base.folder.parent.name == "snapshots" else None)
     return {RECORD: {"name_or_path": base.name, "revision": revision}}
+
+
+def record_of(trained: Trained) -> dict[str, Any]:
+    """Nothing, where a merge changes anything: its original is nowhere."""
+    if trained.lora is not None or trained.own or not trained.name:
+        return {}
+    return record(Base(trained.base, trained.name, trained.revision))
 
 
 def _candidates(base: Base) -> Iterator[tuple[str, str | None]]:

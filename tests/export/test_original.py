@@ -260,16 +260,17 @@ def test_what_we_write_says_what_it_was_made_from(made, tmp_path):
 
     base = {"name_or_path": str(made / "tiny"), "revision": None}
     assert said(quantised(made / "tiny", tmp_path / "a")) == base
-    AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     model, _ = FastLanguageModel.from_pretrained(made / "tiny", dtype="bfloat16")
-    model.save_pretrained_merged(tmp_path / "b", save_method="merged_4bit")
-    assert said(tmp_path / "b") == base
+    for method in ("merged_4bit", "fp8"):
+        model.save_pretrained_merged(tmp_path / method, save_method=method)
+        assert said(tmp_path / method) == base
+        AutoModelForCausalLM.from_pretrained(tmp_path / method)
     adapted(made / "tiny").save_pretrained_merged(tmp_path / "c", save_method="merged_4bit")
     assert said(tmp_path / "c") is None
     assert said(quantised(tmp_path / "a", tmp_path / "d"))["name_or_path"] == str(tmp_path / "a")
-    model = adapted(tmp_path / "d")
-    model.save_pretrained_merged(tmp_path / "merged")
-    assert weights(tmp_path / "merged") == weights(made / "merged")
+    for copy in ("d", "fp8"):
+        adapted(tmp_path / copy).save_pretrained_merged(tmp_path / "merged")
+        assert weights(tmp_path / "merged") == weights(made / "merged")
 
 
 def test_dequantised_on_request(tmp_path, caplog):
