@@ -82,9 +82,8 @@ class Exportable:
         if self.lora is None or self.causal_lm.lora_config is None:
             if any(map(_is_packed, jax.tree.leaves(self.params, is_leaf=_is_packed))):
                 folder, saved = self.original_folder(), self._saved_tokenizer(tokenizer)
-                made_from = (
-                    record(Base(folder, self.name_or_path, self.revision)) if not self.own_parts else {}
-                )
+                base = Base(folder, self.name_or_path, self.revision)
+                made_from = {} if self.own_parts else record(base)
                 save_bnb(
                     save_directory, folder, self.causal_lm, self.params, tokenizer=saved, record=made_from
                 )
@@ -215,13 +214,8 @@ class Exportable:
         if dequantize:
             require_quantized(base)
         else:
-            base = original_of(
-                base,
-                lambda name, revision: resolve(
-                    name, revision=revision, token=token, cache_dir=self.cache_dir
-                ),
-                original_model,
-            )
+            fetch = functools.partial(resolve, token=token, cache_dir=self.cache_dir)
+            base = original_of(base, fetch, original_model)
         config = self.causal_lm.config
         return Trained(
             base.folder,

@@ -60,9 +60,7 @@ def write_model(
             _write_json(stage / INDEX_FILE, _index(shards))
         end_id = getattr(tokenizer, "eos_token_id", None)
         _write_settings(stage, base, config, dtype, end_id, quantization_config)
-        _write_tokenizer(
-            stage, base, tokenizer
-        )  # which is read again, by a class that the config has a say in
+        _write_tokenizer(stage, base, tokenizer)  # last: config.json has a say in how it is read again
 
 
 def refuse_other_models(folder: Path, base: Path) -> None:

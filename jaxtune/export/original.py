@@ -6,9 +6,9 @@ base; or the copy's name without its ending. None of these is believed before th
 the codes of the copy.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,8 +42,10 @@ class Base(NamedTuple):
     revision: str | None = None
 
 
-Fetch = Callable[[str, str | None], Path]
-"""(name, revision) -> folder, or ModelNotFoundError."""
+class Fetch(Protocol):
+    """`loading.hub.resolve`, with the settings that it was loaded with."""
+
+    def __call__(self, name_or_path: str | Path, *, revision: str | None = None) -> Path: ...
 
 
 def is_quantized(folder: Path) -> bool:
@@ -53,7 +55,7 @@ def is_quantized(folder: Path) -> bool:
 def original_of(base: Base, fetch: Fetch, named: str | Path | None = None) -> Base:
     """`base` itself if it is not quantised; else the original, or the model that is `named`, if it is that."""
     if named is not None:
-        folder = fetch(str(named), None)
+        folder = fetch(named)
         _require_numbers(folder, named)
         require_same(base.folder, folder)
         return Base(folder, str(named))
@@ -63,7 +65,7 @@ def original_of(base: Base, fetch: Fetch, named: str | Path | None = None) -> Ba
     refused = []
     for name, revision in candidates:
         try:
-            found = Base(fetch(name, revision), name, revision)
+            found = Base(fetch(name, revision=revision), name, revision)
             if is_quantized(found.folder):  # a copy of a copy: its own original comes after all others
                 candidates += [each for each in _candidates(found) if each not in candidates]
                 continue
@@ -108,13 +110,13 @@ def record_of(trained: Trained) -> dict[str, Any]:
 
 def _candidates(base: Base) -> Iterator[tuple[str, str | None]]:
     config = read_json(base.folder / CONFIG_FILE)
-    recorded = config["quantization_config"].get(RECORD)
-    if recorded:
-        yield recorded["name_or_path"], recorded.get("revision")
+    match config["quantization_config"].get(RECORD):
+        case {"name_or_path": str(name), "revision": str() | None as revision}:
+            yield name, revision
     shortened = [base.name.removesuffix(suffix) for suffix in SUFFIXES]
-    for name in dict.fromkeys([config.get("_name_or_path"), *_of_card(base.folder), *shortened]):
-        if name and name != base.name:
-            yield name, None
+    for other in dict.fromkeys([config.get("_name_or_path"), *_of_card(base.folder), *shortened]):
+        if other and other != base.name:
+            yield other, None
 
 
 def _of_card(folder: Path) -> list[str]:

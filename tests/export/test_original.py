@@ -84,7 +84,10 @@ def card(head):
 
 def recorded(copy, base):
     edit_config(
-        copy, lambda settings: settings["quantization_config"].update({RECORD: {"name_or_path": str(base)}})
+        copy,
+        lambda settings: settings["quantization_config"].update(
+            {RECORD: {"name_or_path": str(base), "revision": None}}
+        ),
     )
 
 
@@ -144,6 +147,12 @@ def test_a_card_of_something_trained_further_says_nothing(made, copy, tmp_path):
 @pytest.mark.parametrize("broken", ["no card", "---\nbase_model: [\n---\n", "---\n- a list\n---\n"])
 def test_a_card_that_cannot_be_read(copy, tmp_path, broken):
     (copy / "README.md").write_text(broken)
+    with pytest.raises(ModelNotFoundError, match="nor its name says"):
+        adapted(copy).save_pretrained_merged(tmp_path / "merged")
+
+
+def test_a_record_that_cannot_be_read(copy, tmp_path):
+    edit_config(copy, lambda settings: settings["quantization_config"].update({RECORD: {"revision": 1}}))
     with pytest.raises(ModelNotFoundError, match="nor its name says"):
         adapted(copy).save_pretrained_merged(tmp_path / "merged")
 
@@ -309,12 +318,13 @@ def test_options_that_do_not_fit(made, tmp_path, options, match):
 
 
 FIND = """
+import functools
 from jaxtune.export.original import Base, original_of
 from jaxtune.loading.hub import resolve
 
 base = Base(resolve("org/Tiny-bnb-4bit"), "org/Tiny-bnb-4bit")
 for token in (None, "secret"):
-    print(original_of(base, lambda name, revision: resolve(name, revision=revision, token=token)).name)
+    print(original_of(base, functools.partial(resolve, token=token)).name)
 """
 
 
