@@ -30,10 +30,10 @@ class Kind(NamedTuple):
 
 WITH_ENDS = r".*(q_proj|qkv_proj|down_proj|embed_tokens|lm_head)"
 RSLORA = Kind({"use_rslora": True, "rank_pattern": {"down_proj": 2}})
-DORA = Kind({"use_dora": True})
 DORA_RSLORA = Kind({"use_dora": True, "use_rslora": True})
 HEAD_RSLORA = Kind({"modules_to_save": ["lm_head"], "use_rslora": True})
 BOTH_WHOLE = Kind({"modules_to_save": ["embed_tokens", "lm_head"]})
+BOTH_WHOLE_DORA = Kind({"modules_to_save": ["embed_tokens", "lm_head"], "use_dora": True})
 BOTH_WHOLE_TIED = Kind({"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True})
 BOTH_LOW_RANK = Kind({"target_modules": WITH_ENDS, "use_rslora": True})
 BIASES = Kind({"bias": "all", "use_dora": True})
@@ -42,11 +42,11 @@ NEW_TOKENS_DORA = Kind({"use_dora": True}, new_tokens=True)
 NEW_TOKENS_WHOLE = Kind({"modules_to_save": ["embed_tokens", "lm_head"], "use_rslora": True}, new_tokens=True)
 
 TABLE = {
-    "llama": {"dora": DORA, "new tokens": NEW_TOKENS_WHOLE},
+    "llama": {"new tokens": NEW_TOKENS_WHOLE},
     "mistral, window": {"rslora, a whole head": HEAD_RSLORA},
     "qwen2": {"tied, low rank": BOTH_LOW_RANK, "tied, new tokens": NEW_TOKENS},
     "qwen3": {"dora, rslora": DORA_RSLORA},
-    "gemma": {"tied, both whole": BOTH_WHOLE, "dora": DORA},
+    "gemma": {"tied, both whole, dora": BOTH_WHOLE_DORA},
     "gemma2": {"tied, new tokens, dora": NEW_TOKENS_DORA},
     "gemma3_text": {"tied, low rank": BOTH_LOW_RANK, "both whole, still tied": BOTH_WHOLE_TIED},
     "phi3": {"dora, rslora": DORA_RSLORA},

@@ -33,8 +33,8 @@ METHODS = {
 SIDE_FILES = (*TOKENIZER_FILES, *PROCESSOR_FILES, "generation_config.json")
 BESIDE = (*SIDE_FILES, "config.json")
 MODELS = (
-    "gemma-2-2b-it", "llama-2-7b-fp16", "llama-3.2-3b-instruct", "mistral-7b-v0.1-finetune-32002",
-    "phi-3-mini-4k-instruct", "qwen2.5-7b-instruct", "smollm3-3b", "tinyllama-1.1b-chat-v1.0",
+    "llama-2-7b-fp16", "mistral-7b-v0.1-finetune-32002", "phi-3-mini-4k-instruct", "qwen2.5-7b-instruct",
+    "tinyllama-1.1b-chat-v1.0",
 )  # fmt: skip
 WRITTEN_DOWN = {
     "tokenizer_class": "LlamaTokenizer",
@@ -50,7 +50,7 @@ WRITTEN_DOWN = {
 def adapted(tmp_path_factory):
     rope = {"rope_type": "default", "rope_theta": 1e4}  # which every family has
     folder = tmp_path_factory.mktemp("side")
-    return Adapted(folder, dtype="bfloat16", num_hidden_layers=1, rope_parameters=rope)
+    return Adapted(folder, dtype="bfloat16", rope_parameters=rope)
 
 
 def vocabulary(settings):
