@@ -1,7 +1,7 @@
 """What a model can be saved as: an adapter, a merged folder, GGUF. The methods of LanguageModel that write."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from jaxtune.errors import AdapterError, ModelNotFoundError, OptionError, neares
 from jaxtune.export.adapter import save_adapter
 from jaxtune.export.bnb_folder import save_bnb
 from jaxtune.export.compressed_folder import SCHEMES, save_compressed
+from jaxtune.export.gguf.calibration import save_imatrix
 from jaxtune.export.gguf.folder import check_methods, save_gguf
 from jaxtune.export.hf_folder import parse_size
 from jaxtune.export.merge import Trained
@@ -184,6 +185,21 @@ class Exportable:
             quantization_method=quantization_method,
             imatrix_file=imatrix_file,
         )
+
+    def save_imatrix(
+        self, file: str | Path, texts: str | Iterable[str], tokenizer: Any = None, context: int = 512
+    ) -> None:
+        """Measures how much each column of the weights matters, on text like that which the model will see, and writes
+        it as llama.cpp's tools do: an `imatrix_file` of save_pretrained_gguf.
+
+        Args:
+            file: What is written, such as "imatrix.gguf".
+            texts: The text; some tens of thousands of tokens do.
+            tokenizer: Whose tokens the text is made of; None is the one loaded with the model.
+            context: How many tokens the model sees at once.
+        """
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer
+        save_imatrix(file, self.causal_lm, self.params, self.lora, texts, tokenizer, context=context)
 
     def original_folder(self, token: str | None = None) -> Path:
         """The folder that the base was loaded from, where a merge starts."""

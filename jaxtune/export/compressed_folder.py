@@ -9,9 +9,7 @@ llm-compressor takes the same scales, but divides in that dtype, which moves som
 """
 
 import functools
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +30,6 @@ VERSION = "0.20.0"
 _FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 _CHUNK = 1 << 18
 """Weights that are rounded at once, whole rows: few enough for the temporaries to stay in a cache."""
-_THREADS = 8
-"""numpy lets others run while it computes."""
 
 Tensors = dict[str, tuple[Entry, Callable[[], np.ndarray]]]
 """Name -> what the header says of it, and what gives it."""
@@ -177,8 +173,8 @@ def _whole(merged: MergedCheckpoint, name: str) -> Tensors:
 
 
 def _parts(merged: MergedCheckpoint, name: str, scheme: Scheme) -> Tensors:
-    """The tensors of a linear. Its scales are wanted first, all of a file's linears', so it is merged twice: two
-    passes over a weight, and never more than one in memory."""
+    """The tensors of a linear. Its scales are wanted first, all of a file's linears', so it is merged twice:
+    whole codes need not wait for them in memory."""
     out, inn = merged.shape(name)
     module = name.removesuffix("weight")
     dtype = merged.dtype(name)
@@ -210,6 +206,4 @@ def _grouped(weight: np.ndarray, scheme: Scheme) -> np.ndarray:
 
 def _by_rows(of: Callable[[np.ndarray], np.ndarray], weight: np.ndarray) -> np.ndarray:
     step = max(1, _CHUNK // weight.shape[1])
-    chunks = (weight[start : start + step] for start in range(0, len(weight), step))
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
-        return np.concatenate(list(threads.map(of, chunks)))
+    return np.concatenate([of(weight[start : start + step]) for start in range(0, len(weight), step)])

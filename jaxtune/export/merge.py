@@ -8,6 +8,7 @@ were trained on: the result is "16-bit base + adapter", and differs from the mod
 """
 
 import dataclasses
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -28,6 +29,10 @@ from jaxtune.models.config import ModelConfig
 EMBEDDING_WEIGHT, HEAD_WEIGHT = f"{lora_config.EMBEDDING_PATH}.weight", f"{lora_config.HEAD_PATH}.weight"
 SCALES = (".absmax", ".SCB", ".weight_scale", ".weight_scale_inv")
 """What lies beside a quantised weight, which itself may go by any dtype."""
+AT_ONCE = 1 << 20
+"""Numbers that are merged at once: whole rows, so few that they stay in a processor's cache."""
+_PRODUCTS = threading.Lock()
+"""One product at a time: BLAS has threads of its own, which callers from several threads keep waiting."""
 
 
 class Trained(NamedTuple):
@@ -71,15 +76,21 @@ class Update:
     def shape(self) -> tuple[int, ...]:
         return self.b.shape[0], self.a.shape[1]
 
-    def of(self, weight: np.ndarray) -> np.ndarray:
-        if self.config.init_lora_weights == PISSA:
-            weight = np.asarray(rest_of(jnp.asarray(weight), self.config, self.module))
-        merged = self.b @ self.a
+    def start(self, weight: np.ndarray) -> np.ndarray:
+        """What is added to: with PiSSA, what is left of the weight when the adapter's beginning is taken away."""
+        if self.config.init_lora_weights != PISSA:
+            return weight
+        return np.asarray(rest_of(jnp.asarray(weight), self.config, self.module))
+
+    def rows(self, start: np.ndarray, rows: slice) -> np.ndarray:
+        """Some rows of the sum, float32."""
+        with _PRODUCTS:
+            merged = self.b[rows] @ self.a
         merged *= np.float32(self.config.scale_of(self.module))
-        merged += weight.astype(np.float32)
+        merged += start[rows].astype(np.float32)
         if self.lengths is not None:
             own = np.linalg.norm(merged, axis=1)
-            merged *= (self.lengths / np.maximum(own, np.finfo(np.float32).tiny))[:, None]
+            merged *= (self.lengths[rows] / np.maximum(own, np.finfo(np.float32).tiny))[:, None]
         return merged
 
 
@@ -153,26 +164,35 @@ class MergedCheckpoint:
         origin, dtype = self.origin(name), self.dtype(name)
         if name not in self.changes and origin not in self.own:
             return self.checkpoint.read(origin)
-        change = self.changes.get(name)
-        with np.errstate(over="ignore", invalid="ignore"):  # reported below, with the tensor's name
-            if isinstance(change, np.ndarray):
-                merged = change
-            else:
-                own = self.own.get(origin)
-                merged = self.checkpoint.read(origin) if own is None else np.asarray(own.fetch())
-                merged = merged if change is None else change.of(merged)
-            rounded = merged.astype(dtype)
-        if not np.isfinite(rounded).all():
-            raise AdapterError(
-                f"What was trained makes {name} hold values that {dtype} cannot hold.",
-                expected="finite weights.",
-                fix="Use a state from before its training diverged.",
-            )
-        return rounded
+        change, own = self.changes.get(name), self.own.get(origin)
+        if isinstance(change, np.ndarray):
+            return _rounded(name, change, dtype)
+        weight = self.checkpoint.read(origin) if own is None else np.asarray(own.fetch())
+        if change is None:
+            return _rounded(name, weight, dtype)
+        merged, start = np.empty(weight.shape, dtype), change.start(weight)
+        step = max(1, AT_ONCE // weight.shape[1])
+        with np.errstate(over="ignore", invalid="ignore"):  # reported with the tensor's name
+            for first in range(0, len(merged), step):
+                rows = slice(first, first + step)
+                merged[rows] = _rounded(name, change.rows(start, rows), dtype)
+        return merged
 
     def origin(self, name: str) -> str:
         """The tensor of the checkpoint that this one is made of: of a tied head, the embedding."""
         return EMBEDDING_WEIGHT if self.unties and name == HEAD_WEIGHT else name
+
+
+def _rounded(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = values.astype(dtype)
+    if not np.isfinite(rounded.astype(np.float32)).all():  # numpy knows float32 better than bfloat16
+        raise AdapterError(
+            f"What was trained makes {name} hold values that {dtype} cannot hold.",
+            expected="finite weights.",
+            fix="Use a state from before its training diverged.",
+        )
+    return rounded
 
 
 def _changes(lora: Tree, config: LoraConfig, module_names: ModuleNames) -> Iterator[tuple[str, Change]]:

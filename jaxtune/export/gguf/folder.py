@@ -3,6 +3,7 @@
 The folder is `<name>_gguf/`, a file in it `<model>.<METHOD>.gguf`, as Unsloth's users expect them.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,9 @@ from jaxtune.export.gguf.vocab import model_name, vocabulary
 from jaxtune.export.gguf.writer import TensorInfo, write_gguf
 from jaxtune.export.merge import MergedCheckpoint, Trained
 from jaxtune.export.ollama import MODELFILE, modelfile
+from jaxtune.export.safetensors_stream import AHEAD
 from jaxtune.folders import named, staged
+from jaxtune.loading.read_ahead import read_ahead
 from jaxtune.log import counted, get_logger
 from jaxtune.models.config import ModelConfig
 
@@ -143,13 +146,18 @@ def _write(
             )
     factors = ropes.tensors(config)
 
-    def encoded(info: TensorInfo) -> np.ndarray:
+    def stored(info: TensorInfo) -> dict[str, np.ndarray]:
         if info.name in factors:
-            return encode(factors[info.name], info.type, info.name)
-        array = tensors.as_stored(architecture, config, info.name, merged.read(names[info.name]))
-        return encode(array, info.type, info.name, for_tensor(importance, info.name, info.shape))
+            return {"": factors[info.name]}
+        return {"": tensors.as_stored(architecture, config, info.name, merged.read(names[info.name]))}
 
-    write_gguf(path, metadata, infos, encoded)
+    def encoded(info: TensorInfo) -> np.ndarray:
+        _, array = next(ahead)
+        return encode(array[""], info.type, info.name, for_tensor(importance, info.name, info.shape))
+
+    jobs = ((info, 2 * math.prod(info.shape)) for info in infos)
+    with contextlib.closing(read_ahead(jobs, stored, ahead=AHEAD)) as ahead:
+        write_gguf(path, metadata, infos, encoded)
 
 
 def size_label(numbers: int) -> str:
