@@ -18,6 +18,7 @@ import numpy as np
 from jaxtune.errors import AdapterError, CheckpointError
 from jaxtune.export.weights import Weight
 from jaxtune.loading.checkpoint import Checkpoint
+from jaxtune.loading.dequantized import Dequantized
 from jaxtune.lora import config as lora_config
 from jaxtune.lora.config import LOFTQ, PISSA, LoraConfig, ModuleNames
 from jaxtune.lora.init import rest_of
@@ -43,6 +44,16 @@ class Trained(NamedTuple):
     lora_config: LoraConfig | None = None
     own: Mapping[str, Weight] = {}
     """What the model holds otherwise than its base, an adapter aside."""
+    name: str = ""
+    """What the base is called: its id on the hub, or where it is."""
+    revision: str | None = None
+    dequantize: bool = False
+    """Whether `base` holds quantised weights, and those are meant."""
+
+    def open(self) -> Checkpoint | Dequantized:
+        """The weights of the base."""
+        checkpoint = Checkpoint(self.base)
+        return Dequantized(checkpoint) if self.dequantize else checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +104,7 @@ class MergedCheckpoint:
     """Names, shapes and dtypes are the checkpoint's; `read` gives merged values. A head that was trained apart from the
     embedding that it was tied to is a tensor more."""
 
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | Dequantized
     changes: Mapping[str, Change]
     """By the tensor's name."""
     own: Mapping[str, Weight]
@@ -101,7 +112,7 @@ class MergedCheckpoint:
     """Whether embedding and head, tied in the checkpoint, no longer are."""
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, trained: Trained) -> Self:
+    def of(cls, checkpoint: Checkpoint | Dequantized, trained: Trained) -> Self:
         """`checkpoint` is the base's. Everything that can be checked without reading weights is."""
         _require_original(checkpoint)
         lora, config = trained.lora, trained.lora_config
@@ -200,7 +211,7 @@ def _require_fit(merged: MergedCheckpoint, name: str, shape: tuple[int, ...]) ->
         )
 
 
-def _require_original(checkpoint: Checkpoint) -> None:
+def _require_original(checkpoint: Checkpoint | Dequantized) -> None:
     """What is packed can take no change, and without its scales' settings means nothing."""
     for name in checkpoint.names:
         dtype = checkpoint.dtype(name)
@@ -209,6 +220,6 @@ def _require_original(checkpoint: Checkpoint) -> None:
             raise CheckpointError(
                 f"{checkpoint.folder} holds quantised weights: {name} ({dtype}).",
                 expected="float32, float16 or bfloat16: a merge is of original weights, not quantised ones.",
-                fix="Set model.name_or_path to the original 16-bit model and save again; or save the adapter, or the "
-                "quantised model as it is, with save_pretrained.",
+                fix="Name the original 16-bit model with original_model=; or save the adapter, or the quantised model "
+                "as it is, with save_pretrained.",
             )

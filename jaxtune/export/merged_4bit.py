@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxtune.export.bnb_folder import save_bnb
 from jaxtune.export.merge import EMBEDDING_WEIGHT, MergedCheckpoint, Trained
-from jaxtune.loading.checkpoint import Checkpoint
+from jaxtune.export.original import record_of
 from jaxtune.loading.load import load_params
 from jaxtune.models.causal_lm import CausalLM
 from jaxtune.quant import FourBit
@@ -22,9 +22,17 @@ def save_merged_4bit(
     max_shard_size: int | str = "5GB",
 ) -> None:
     """What is not quantised keeps the original's dtype."""
-    with Checkpoint(trained.base) as checkpoint:
+    with trained.open() as checkpoint:
         merged = MergedCheckpoint.of(checkpoint, trained)
         model = CausalLM(merged.settings(trained.config))
         dtype = jnp.dtype(merged.dtype(EMBEDDING_WEIGHT))
         params = load_params(model, merged, dtype=dtype, precision=FourBit())
-    save_bnb(folder, trained.base, model, params, tokenizer=tokenizer, max_shard_size=max_shard_size)
+    save_bnb(
+        folder,
+        trained.base,
+        model,
+        params,
+        tokenizer=tokenizer,
+        max_shard_size=max_shard_size,
+        record=record_of(trained),
+    )

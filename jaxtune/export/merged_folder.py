@@ -8,7 +8,7 @@ from typing import Any
 from jaxtune.export.hf_folder import Shards, main_dtype, nbytes, parse_size, split, write_model
 from jaxtune.export.merge import MergedCheckpoint, Trained
 from jaxtune.export.safetensors_stream import Entry
-from jaxtune.loading.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from jaxtune.loading.checkpoint import INDEX_FILE, SINGLE_FILE
 
 
 def save_merged_16bit(
@@ -20,7 +20,7 @@ def save_merged_16bit(
 ) -> None:
     """Shards are the original's, names and all, unless one is larger than `max_shard_size`."""
     limit = parse_size(max_shard_size)
-    with Checkpoint(trained.base) as checkpoint:
+    with trained.open() as checkpoint:
         merged = MergedCheckpoint.of(checkpoint, trained)
         shards = _shards(merged, limit)
         config = merged.settings(trained.config)

@@ -24,7 +24,6 @@ from jaxtune.export.gguf.writer import TensorInfo, write_gguf
 from jaxtune.export.merge import MergedCheckpoint, Trained
 from jaxtune.export.ollama import MODELFILE, modelfile
 from jaxtune.folders import named, staged
-from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.log import counted, get_logger
 from jaxtune.models.config import ModelConfig
 
@@ -61,7 +60,7 @@ def save_gguf(
     importance = {} if imatrix_file is None else read_imatrix(imatrix_file)
     folder = Path(f"{named(folder)}_gguf")
     title = Path(name).name or "model"
-    with Checkpoint(trained.base) as checkpoint:
+    with trained.open() as checkpoint:
         merged = MergedCheckpoint.of(checkpoint, trained)
         config = merged.settings(trained.config)
         architecture = architecture_of(config)
