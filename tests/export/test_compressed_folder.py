@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from jaxtune import FastLanguageModel
 from jaxtune.errors import UnsupportedModelError
-from jaxtune.export import safetensors_stream
+from jaxtune.export import ahead
 from jaxtune.export.compressed_folder import (
     SCHEMES,
     codes_of,
@@ -211,7 +211,7 @@ def test_a_head_of_its_own_and_shards(tmp_path, scheme):
 
 def test_memory_holds_a_few_tensors(tmp_path, monkeypatch):
     """One at a time, but for what is made ahead of the writing."""
-    monkeypatch.setattr(safetensors_stream, "AHEAD", 0)
+    monkeypatch.setattr(ahead, "AHEAD", 0)
     adapted = Adapted(
         tmp_path, num_hidden_layers=12, hidden_size=256, intermediate_size=1024, dtype="bfloat16"
     )
