@@ -2,9 +2,9 @@
 safetensors shards to local disk, then loaded: cold (pages dropped as far as a user can) and warm. Seconds from the
 call until every array is ready (imports and the device's start apart), host and device peaks, bytes a weight.
 
-    python benchmarks/loading.py                        # Llama-3.1-8B shape: 16 GB on disk, under $TMPDIR
-    python benchmarks/loading.py --folder /data/8b --keep    # the shards are made once, and stay
-    python benchmarks/loading.py --shape tiny           # seconds on a CPU: checks the script
+    PYTHONPATH=. python benchmarks/loading.py                        # Llama-3.1-8B shape: 16 GB on disk, under $TMPDIR
+    PYTHONPATH=. python benchmarks/loading.py --folder /data/8b --keep    # the shards are made once, and stay
+    PYTHONPATH=. python benchmarks/loading.py --shape tiny           # seconds on a CPU: checks the script
 
 Each load is a process of its own, so that peaks are its own. Compiled programs are kept between them, as they are
 between two runs of a user's: the cold one compiles unless `--compiled` names a folder from an earlier run.
@@ -18,123 +18,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
-SHAPES = {
-    "llama-3.1-8b": dict(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
-        num_key_value_heads=8, num_hidden_layers=32, max_position_embeddings=131072,
-    ),
-    "tiny": dict(
-        vocab_size=1024, hidden_size=256, intermediate_size=512, num_attention_heads=4,
-        num_key_value_heads=2, num_hidden_layers=2, max_position_embeddings=512,
-    ),
-}  # fmt: skip
-SHARD = 4_500_000_000
-
-
-def weights(c: dict) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor, in the order of the layers."""
-    width, ffn = c["hidden_size"], c["intermediate_size"]
-    kv = width // c["num_attention_heads"] * c["num_key_value_heads"]
-    layer = {
-        "input_layernorm": (width,), "self_attn.q_proj": (width, width), "self_attn.k_proj": (kv, width),
-        "self_attn.v_proj": (kv, width), "self_attn.o_proj": (width, width), "post_attention_layernorm": (width,),
-        "mlp.gate_proj": (ffn, width), "mlp.up_proj": (ffn, width), "mlp.down_proj": (width, ffn),
-    }  # fmt: skip
-    shapes = {"model.embed_tokens.weight": (c["vocab_size"], width)}
-    for i in range(c["num_hidden_layers"]):
-        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-    return {**shapes, "model.norm.weight": (width,), "lm_head.weight": (c["vocab_size"], width)}
-
-
-def make(folder: Path, c: dict, shard: int) -> None:
-    """Shards, config and tokenizer. The weights are normal: 4 million draws, repeated, fill each tensor."""
-    from safetensors.numpy import save_file
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
-
-    normal = (0.02 * np.random.default_rng(0).standard_normal(2**22 + 17)).astype(ml_dtypes.bfloat16)
-    groups: list[dict[str, tuple[int, ...]]] = [{}]
-    for name, shape in weights(c).items():
-        if 2 * sum(map(np.prod, [*groups[-1].values(), shape])) > shard:
-            groups.append({})
-        groups[-1][name] = shape
-    weight_map = {}
-    for n, group in enumerate(groups, 1):
-        file = f"model-{n:05d}-of-{len(groups):05d}.safetensors"
-        tensors = {
-            name: np.ones(shape, ml_dtypes.bfloat16) if "norm" in name else np.resize(normal, shape)
-            for name, shape in group.items()
-        }
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(group, file)
-        del tensors
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
-    LlamaConfig(**c, tie_word_embeddings=False, dtype="bfloat16").save_pretrained(folder)
-    words = {f"w{i}": i for i in range(100)}
-    backend = Tokenizer(models.WordLevel({**words, "<eos>": 100, "<pad>": 101}, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>").save_pretrained(
-        folder
-    )
-
-
-def drop_pages(folder: Path) -> None:
-    """Asks the kernel to forget the files' pages; another process' use of them, or a lazy kernel, keeps some."""
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def warm_pages(folder: Path) -> None:
-    buffer = bytearray(1 << 24)
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb", buffering=0) as opened:
-            while opened.readinto(buffer):
-                pass
-
-
-class HostPeak:
-    """The most memory of the process' own, above what it had at the start; pages of mapped files are not counted."""
-
-    def __init__(self):
-        self.start = self.peak = self._now()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._done.set()
-        self._thread.join()
-
-    @property
-    def gb(self) -> float:
-        return (self.peak - self.start) / 1e9
-
-    def _watch(self):
-        while not self._done.wait(0.005):
-            self.peak = max(self.peak, self._now())
-
-    @staticmethod
-    def _now() -> int:
-        """Anonymous and shared-memory pages (what a driver pins may be either)."""
-        status = dict(
-            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line
-        )
-        if "RssAnon" not in status:
-            return int(status["VmRSS"].split()[0]) * 1024
-        return sum(int(status[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
+from benchmarks.on_disk import SHAPES, SHARD, HostPeak, drop_pages, make, warm_pages
 
 
 def load(folder: Path, options: dict) -> dict:

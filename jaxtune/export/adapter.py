@@ -10,6 +10,7 @@ from jaxtune.errors import OutputFolderError
 from jaxtune.export.verify.adapter import verify_adapter
 from jaxtune.folders import named, staged
 from jaxtune.loading.config import CONFIG_FILE
+from jaxtune.loading.tokenizer import save_tokenizer
 from jaxtune.lora import peft_format
 from jaxtune.lora.config import LoraConfig, ModuleNames
 from jaxtune.lora.tables import Tables, table_names
@@ -41,7 +42,7 @@ def save_adapter(
         tensors |= {table_name[name]: table for name, table in (tables or {}).items()}
         save_file(tensors, stage / peft_format.WEIGHTS_FILE, metadata={"format": "pt"})
         if tokenizer is not None:
-            tokenizer.save_pretrained(stage)
+            save_tokenizer(tokenizer, stage)
         settings = peft_format.to_peft_config(config, base, revision)
         (stage / peft_format.CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
         if verify:

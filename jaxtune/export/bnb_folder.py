@@ -3,8 +3,9 @@
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,11 +32,13 @@ def save_bnb(
     *,
     tokenizer: Any = None,
     max_shard_size: int | str = "5GB",
+    record: Mapping[str, Any] = MappingProxyType({}),
     quantised_from: Tensors | None = None,
     verify: bool = True,
 ) -> None:
-    """Writes `params` as they are, with the settings and the tokenizer of `base`, the folder that they came from. Their
-    values are compared with those that they were quantised from, if these are at hand."""
+    """Writes `params` as they are, with the settings and the tokenizer of `base`, the folder that they came from.
+    `record` says what they were quantised from, if that is known; their values are compared with `quantised_from`, if
+    that is at hand."""
     limit = parse_size(max_shard_size)
     formats: set[Format] = set()
     kept: list[str] = []
@@ -55,7 +58,7 @@ def save_bnb(
         lambda name: tensors[name][1](),
         dtype=dtype,
         tokenizer=tokenizer,
-        quantization_config=quantization_config(formats, dtype, kept),
+        quantization_config={**quantization_config(formats, dtype, kept), **record},
         check=(lambda stage: verify_packed(stage, model, params, quantised_from)) if verify else None,
     )
 

@@ -20,6 +20,7 @@ from jaxtune.folders import named, staged
 from jaxtune.loading.checkpoint import INDEX_FILE, SINGLE_FILE
 from jaxtune.loading.config import CONFIG_FILE, read_config
 from jaxtune.loading.ends import GENERATION_FILE
+from jaxtune.loading.tokenizer import is_tokenizer_of, save_tokenizer
 from jaxtune.lora import peft_format
 from jaxtune.models import context
 from jaxtune.models.config import ModelConfig
@@ -29,7 +30,8 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", SENTENCEPIECE_FILE,
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-EARLIER = ("model*.safetensors", INDEX_FILE, GENERATION_FILE, *TOKENIZER_FILES)
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+EARLIER = ("model*.safetensors", INDEX_FILE, GENERATION_FILE, *TOKENIZER_FILES, *PROCESSOR_FILES)
 """What an earlier save may have left: its model.safetensors would win over a new index, its chat template over none."""
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -50,9 +52,10 @@ def write_model(
     check: Callable[[Path], None] | None = None,
 ) -> None:
     """`base` is the folder whose settings and tokenizer it gets, but for what `config` has otherwise: more tokens, or
-    longer sequences. `dtype` is that of what is not quantised. `tokenizer=None` copies the original's files; a given
-    one is saved as it is, with the chat template that it was trained with. With a `check`, the bytes of the weights are
-    read back and compared; then it is given the folder, complete but for its name, and raises if that is not right."""
+    longer sequences. `dtype` is that of what is not quantised. `tokenizer=None`, or one that is the original's, copies
+    the original's files; any other is saved as it is, with the chat template that it was trained with. With a `check`,
+    the bytes of the weights are read back and compared; then it is given the folder, complete but for its name, and
+    raises if that is not right."""
     folder = named(folder)
     refuse_other_models(folder, base)
     checksums = Checksums()
@@ -61,9 +64,9 @@ def write_model(
             write_safetensors(stage / file, entries, read if check is None else checksums.of(read))
         if set(shards) != {SINGLE_FILE}:
             _write_json(stage / INDEX_FILE, _index(shards))
-        _write_tokenizer(stage, base, tokenizer)
         end_id = getattr(tokenizer, "eos_token_id", None)
         _write_settings(stage, base, config, dtype, end_id, quantization_config)
+        _write_tokenizer(stage, base, tokenizer)  # last: config.json has a say in how it is read again
         if check is not None:
             verify_tensors(stage, shards, checksums)
             check(stage)
@@ -138,10 +141,12 @@ def nbytes(entries: Iterable[Entry]) -> int:
 
 
 def _write_tokenizer(stage: Path, base: Path, tokenizer: Any) -> None:
-    if tokenizer is not None:
-        tokenizer.save_pretrained(stage)
+    """transformers writes other files than most models were published with, which not everyone reads."""
+    as_it_was = tokenizer is None or is_tokenizer_of(tokenizer, base)
+    if not as_it_was:
+        save_tokenizer(tokenizer, stage)
     # transformers does not write a SentencePiece model again, and llama.cpp's converter asks for it.
-    for name in TOKENIZER_FILES if tokenizer is None else (SENTENCEPIECE_FILE,):
+    for name in (*(TOKENIZER_FILES if as_it_was else (SENTENCEPIECE_FILE,)), *PROCESSOR_FILES):
         if (base / name).is_file():
             shutil.copyfile(base / name, stage / name)
 

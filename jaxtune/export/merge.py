@@ -18,6 +18,7 @@ import numpy as np
 from jaxtune.errors import AdapterError, CheckpointError
 from jaxtune.export.weights import Weight
 from jaxtune.loading.checkpoint import Checkpoint
+from jaxtune.loading.dequantized import Dequantized
 from jaxtune.lora import config as lora_config
 from jaxtune.lora.config import LOFTQ, PISSA, LoraConfig, ModuleNames
 from jaxtune.lora.init import rest_of
@@ -27,6 +28,8 @@ from jaxtune.models.config import ModelConfig
 EMBEDDING_WEIGHT, HEAD_WEIGHT = f"{lora_config.EMBEDDING_PATH}.weight", f"{lora_config.HEAD_PATH}.weight"
 SCALES = (".absmax", ".SCB", ".weight_scale", ".weight_scale_inv")
 """What lies beside a quantised weight, which itself may go by any dtype."""
+AT_ONCE = 1 << 18
+"""Numbers that are merged at once: whole rows, so few that they stay in a processor's cache."""
 
 
 class Trained(NamedTuple):
@@ -41,6 +44,16 @@ class Trained(NamedTuple):
     lora_config: LoraConfig | None = None
     own: Mapping[str, Weight] = {}
     """What the model holds otherwise than its base, an adapter aside."""
+    name: str = ""
+    """What the base is called: its id on the hub, or where it is."""
+    revision: str | None = None
+    dequantize: bool = False
+    """Whether `base` holds quantised weights, and those are meant."""
+
+    def open(self) -> Checkpoint | Dequantized:
+        """The weights of the base."""
+        checkpoint = Checkpoint(self.base)
+        return Dequantized(checkpoint) if self.dequantize else checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +73,25 @@ class Update:
     def shape(self) -> tuple[int, ...]:
         return self.b.shape[0], self.a.shape[1]
 
-    def of(self, weight: np.ndarray) -> np.ndarray:
-        if self.config.init_lora_weights == PISSA:
-            weight = np.asarray(rest_of(jnp.asarray(weight), self.config, self.module))
-        merged = self.b @ self.a
-        merged *= np.float32(self.config.scale_of(self.module))
-        merged += weight.astype(np.float32)
-        if self.lengths is not None:
-            own = np.linalg.norm(merged, axis=1)
-            merged *= (self.lengths / np.maximum(own, np.finfo(np.float32).tiny))[:, None]
+    def start(self, weight: np.ndarray) -> np.ndarray:
+        """What is added to: with PiSSA, what is left of the weight when the adapter's beginning is taken away."""
+        if self.config.init_lora_weights != PISSA:
+            return weight
+        return np.asarray(rest_of(jnp.asarray(weight), self.config, self.module))
+
+    def added_to(self, start: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+        """The sum, formed in float32 and rounded to `dtype`."""
+        merged, scale = np.empty(start.shape, dtype), np.float32(self.config.scale_of(self.module))
+        step = max(1, AT_ONCE // start.shape[1])
+        for first in range(0, len(start), step):
+            rows = slice(first, first + step)
+            change = self.b[rows] @ self.a
+            change *= scale
+            change += start[rows].astype(np.float32)
+            if self.lengths is not None:
+                own = np.linalg.norm(change, axis=1)
+                change *= (self.lengths[rows] / np.maximum(own, np.finfo(np.float32).tiny))[:, None]
+            merged[rows] = _rounded(name, change, dtype)
         return merged
 
 
@@ -81,7 +104,7 @@ class MergedCheckpoint:
     """Names, shapes and dtypes are the checkpoint's; `read` gives merged values. A head that was trained apart from the
     embedding that it was tied to is a tensor more."""
 
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | Dequantized
     changes: Mapping[str, Change]
     """By the tensor's name."""
     own: Mapping[str, Weight]
@@ -89,7 +112,7 @@ class MergedCheckpoint:
     """Whether embedding and head, tied in the checkpoint, no longer are."""
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, trained: Trained) -> Self:
+    def of(cls, checkpoint: Checkpoint | Dequantized, trained: Trained) -> Self:
         """`checkpoint` is the base's. Everything that can be checked without reading weights is."""
         _require_original(checkpoint)
         lora, config = trained.lora, trained.lora_config
@@ -142,26 +165,30 @@ class MergedCheckpoint:
         origin, dtype = self.origin(name), self.dtype(name)
         if name not in self.changes and origin not in self.own:
             return self.checkpoint.read(origin)
-        change = self.changes.get(name)
-        with np.errstate(over="ignore", invalid="ignore"):  # reported below, with the tensor's name
-            if isinstance(change, np.ndarray):
-                merged = change
-            else:
-                own = self.own.get(origin)
-                merged = self.checkpoint.read(origin) if own is None else np.asarray(own.fetch())
-                merged = merged if change is None else change.of(merged)
-            rounded = merged.astype(dtype)
-        if not np.isfinite(rounded).all():
-            raise AdapterError(
-                f"What was trained makes {name} hold values that {dtype} cannot hold.",
-                expected="finite weights.",
-                fix="Use a state from before its training diverged.",
-            )
-        return rounded
+        change, own = self.changes.get(name), self.own.get(origin)
+        if isinstance(change, np.ndarray):
+            return _rounded(name, change, dtype)
+        weight = self.checkpoint.read(origin) if own is None else np.asarray(own.fetch())
+        if change is None:
+            return _rounded(name, weight, dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # reported with the tensor's name
+            return change.added_to(change.start(weight), dtype, name)
 
     def origin(self, name: str) -> str:
         """The tensor of the checkpoint that this one is made of: of a tied head, the embedding."""
         return EMBEDDING_WEIGHT if self.unties and name == HEAD_WEIGHT else name
+
+
+def _rounded(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = values.astype(dtype)
+    if not np.isfinite(rounded.astype(np.float32)).all():  # numpy knows float32 better than bfloat16
+        raise AdapterError(
+            f"What was trained makes {name} hold values that {dtype} cannot hold.",
+            expected="finite weights.",
+            fix="Use a state from before its training diverged.",
+        )
+    return rounded
 
 
 def _changes(lora: Tree, config: LoraConfig, module_names: ModuleNames) -> Iterator[tuple[str, Change]]:
@@ -184,7 +211,7 @@ def _require_fit(merged: MergedCheckpoint, name: str, shape: tuple[int, ...]) ->
         )
 
 
-def _require_original(checkpoint: Checkpoint) -> None:
+def _require_original(checkpoint: Checkpoint | Dequantized) -> None:
     """What is packed can take no change, and without its scales' settings means nothing."""
     for name in checkpoint.names:
         dtype = checkpoint.dtype(name)
@@ -193,6 +220,6 @@ def _require_original(checkpoint: Checkpoint) -> None:
             raise CheckpointError(
                 f"{checkpoint.folder} holds quantised weights: {name} ({dtype}).",
                 expected="float32, float16 or bfloat16: a merge is of original weights, not quantised ones.",
-                fix="Set model.name_or_path to the original 16-bit model and save again; or save the adapter, or the "
-                "quantised model as it is, with save_pretrained.",
+                fix="Name the original 16-bit model with original_model=; or save the adapter, or the quantised model "
+                "as it is, with save_pretrained.",
             )

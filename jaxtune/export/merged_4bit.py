@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxtune.export.bnb_folder import save_bnb
 from jaxtune.export.merge import EMBEDDING_WEIGHT, MergedCheckpoint, Trained
-from jaxtune.loading.checkpoint import Checkpoint
+from jaxtune.export.original import record_of
 from jaxtune.loading.load import load_params
 from jaxtune.models.causal_lm import CausalLM
 from jaxtune.quant import FourBit
@@ -23,7 +23,7 @@ def save_merged_4bit(
     verify: bool = True,
 ) -> None:
     """What is not quantised keeps the original's dtype."""
-    with Checkpoint(trained.base) as checkpoint:
+    with trained.open() as checkpoint:
         merged = MergedCheckpoint.of(checkpoint, trained)
         model = CausalLM(merged.settings(trained.config))
         dtype = jnp.dtype(merged.dtype(EMBEDDING_WEIGHT))
@@ -35,6 +35,7 @@ def save_merged_4bit(
             params,
             tokenizer=tokenizer,
             max_shard_size=max_shard_size,
+            record=record_of(trained),
             quantised_from=merged,
             verify=verify,
         )

@@ -9,7 +9,7 @@ from jaxtune.export.hf_folder import Shards, main_dtype, nbytes, parse_size, spl
 from jaxtune.export.merge import MergedCheckpoint, Trained
 from jaxtune.export.safetensors_stream import Entry
 from jaxtune.export.verify.forward import verify_forward
-from jaxtune.loading.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from jaxtune.loading.checkpoint import INDEX_FILE, SINGLE_FILE
 
 
 def save_merged_16bit(
@@ -22,7 +22,7 @@ def save_merged_16bit(
 ) -> None:
     """Shards are the original's, names and all, unless one is larger than `max_shard_size`."""
     limit = parse_size(max_shard_size)
-    with Checkpoint(trained.base) as checkpoint:
+    with trained.open() as checkpoint:
         merged = MergedCheckpoint.of(checkpoint, trained)
         shards = _shards(merged, limit)
         config = merged.settings(trained.config)

@@ -1,4 +1,4 @@
-"""Writes a safetensors file one tensor at a time: the header first, from shapes alone, then each tensor as it comes.
+"""Writes a safetensors file tensor by tensor: the header first, from shapes alone, then each tensor as it comes.
 
 The file is 8 bytes with the header's length, the header (JSON), then the tensors' bytes end to end.
 """
@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from jaxtune.export.ahead import ahead
 
 _ALIGNMENT = 8  # of where the data begins; the header is padded with spaces
 _NAMES = {
@@ -44,7 +46,7 @@ class Entry(NamedTuple):
 
 
 def write_safetensors(path: Path, entries: Sequence[Entry], read: Callable[[str], np.ndarray]) -> None:
-    """`read(name)` is asked once for every entry, and its array is let go before the next."""
+    """`read(name)` is asked once for every entry, by threads that are some tensors ahead of the writing."""
     # Wide dtypes first, so that every tensor is aligned to its own.
     entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
@@ -62,5 +64,6 @@ def write_safetensors(path: Path, entries: Sequence[Entry], read: Callable[[str]
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for entry in entries:
-            file.write(np.ascontiguousarray(read(entry.name)).reshape(-1).view(np.uint8))
+        jobs = ((entry, entry.nbytes) for entry in entries)
+        for _, array in ahead(jobs, lambda entry: read(entry.name)):
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))

@@ -1,5 +1,5 @@
-"""Pallas' Mosaic GPU backend, and what it lacks. Its names move between versions of JAX: kernels import them from here,
-and only when they run, for Pallas takes a quarter of a second to import."""
+"""Pallas' Mosaic GPU backend, and what it lacks. Its names move between versions of JAX: kernels have them from here,
+and are imported only when they run, for Pallas takes a quarter of a second to import."""
 
 import dataclasses
 import functools

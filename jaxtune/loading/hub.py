@@ -11,9 +11,9 @@ from pathlib import Path
 from jaxtune.errors import JaxtuneError, ModelNotFoundError, nearest
 from jaxtune.loading.checkpoint import foreign_weights
 
-# Configs, tokenizers, templates and safetensors; nothing that could run code.
 WEIGHTS = "*.safetensors"
-WANTED = ("*.json", WEIGHTS, "*.jinja", "*.model", "merges.txt", "vocab.txt")
+# Configs, tokenizers, templates, safetensors and the model card; nothing that could run code.
+WANTED = ("*.json", WEIGHTS, "*.jinja", "*.model", "merges.txt", "vocab.txt", "README.md")
 # Subfolders hold other formats of the same weights (onnx/, original/); Mistral's repositories have a second
 # copy of them all in one file, and a second tokenizer.
 UNWANTED = ("*/*", "consolidated*.safetensors", "tekken.json")

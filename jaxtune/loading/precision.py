@@ -15,7 +15,7 @@ CONFIG_NAMES = (
     "bnb_4bit_quant_storage", "llm_int8_threshold", "llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload",
     "llm_int8_has_fp16_weight", "quant_method",
 )  # fmt: skip
-KNOWN_METHODS = ("bitsandbytes", "fp8")
+KNOWN_METHODS = ("bitsandbytes", "fp8", "compressed-tensors float-quantized")
 
 
 def choose_precision(
@@ -129,6 +129,8 @@ def require_known(hf: Mapping[str, Any], folder: Path) -> None:
     if not quantization:
         return
     method = quantization.get("quant_method") or str(quantization.get("quant_algo", "")).lower()
+    if method == "compressed-tensors":
+        method += f" {quantization.get('format')}"
     if method not in KNOWN_METHODS:
         raise UnsupportedModelError(
             f"{folder} holds weights that are quantised already ({method or json.dumps(quantization)}).",

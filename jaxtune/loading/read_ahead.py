@@ -5,7 +5,7 @@ Nothing is copied: an array stays a view into its file, and its pages are the sy
 
 import collections
 import concurrent.futures
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 
 import numpy as np
 
@@ -17,7 +17,7 @@ _PAGE = 4096
 
 def read_ahead[T](
     jobs: Iterable[tuple[T, int]], read: Callable[[T], dict[str, np.ndarray]], *, ahead: int = AHEAD
-) -> Iterator[tuple[T, dict[str, np.ndarray]]]:
+) -> Generator[tuple[T, dict[str, np.ndarray]]]:
     """For each (job, bytes) in turn, the job and what `read(job)` gives, its pages already in memory.
 
     At most `ahead` bytes, or one job, are waiting to be taken at any time."""

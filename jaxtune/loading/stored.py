@@ -155,6 +155,15 @@ def recognise(checkpoint: Tensors, name: str, shape: tuple[int, ...], dtype: jnp
     )
 
 
+def numbers_shape(checkpoint: Tensors, name: str) -> tuple[int, ...]:
+    """A weight's as numbers, whatever lies there; as yet unchecked."""
+    if f"{name}.absmax" not in checkpoint:
+        return checkpoint.shape(name)
+    states = [f"{name}.{_STATE}{values}" for values in ARRAYS]
+    state = next((_read_state(checkpoint, each) for each in states if each in checkpoint), {})
+    return tuple(state.get("shape") or ())
+
+
 def _bnb4(checkpoint: Tensors, name: str, shape: tuple[int, ...]) -> Source:
     values = next((each for each in ARRAYS if f"{name}.{_STATE}{each}" in checkpoint), None)
     if values is None or f"{name}.quant_map" not in checkpoint:

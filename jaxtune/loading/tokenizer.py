@@ -6,9 +6,10 @@ never grows here. Bos tokens and the side of padding stay as published: some mod
 by us, not by the tokenizer.
 """
 
+import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxtune.errors import ConfigError, ModelNotFoundError
 from jaxtune.log import get_logger
@@ -55,6 +56,36 @@ def load_tokenizer(
     if vocab_size is not None:
         require_rows(tokenizer, vocab_size, f"The tokenizer in {folder}")
     return tokenizer
+
+
+def is_tokenizer_of(tokenizer: Any, folder: Path) -> bool:
+    """Whether it is the very one in that folder, but for the choice of a pad token and what calls leave behind."""
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
+        return False
+    return _identity(tokenizer) == _identity(_load(folder))
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """As transformers does. It builds some classes' pipelines anew when it reads them, from settings that it did not
+    write (Llama's `legacy`, which says where spaces are put): then the class is one that takes tokenizer.json as it
+    is."""
+    tokenizer.save_pretrained(folder)
+    if hasattr(tokenizer, "backend_tokenizer") and _identity(_load(folder)) != _identity(tokenizer):
+        path = folder / "tokenizer_config.json"
+        settings = {
+            **json.loads(path.read_text(encoding="utf-8")),
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        }
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _identity(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # a processor, or one that is in Python: known as itself only
+        return tokenizer
+    pipeline = {**json.loads(backend.to_str()), "padding": None, "truncation": None}
+    named = {kind: str(token) for kind, token in tokenizer.special_tokens_map.items() if kind != "pad_token"}
+    return pipeline, named, tokenizer.chat_template
 
 
 def _require_vocabulary(folder: Path) -> None:

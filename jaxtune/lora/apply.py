@@ -2,7 +2,8 @@
 each output is then scaled by m / |W + s B A|, its row's trained length over its own.
 
 An adapter, as the model reads it for one layer (see `tree.with_settings`), is a [r, in], b [out, r], scale []; perhaps
-m [out] and bias [out], with `has_m` and `has_bias` [], whether this layer does; perhaps a key `dropout` with `keep` [].
+m [out] and bias [out], with `has_m` and `has_bias` [], whether this layer does; perhaps a key `dropout` with `keep` [];
+perhaps `squares` [in] (see `watch`).
 """
 
 import itertools
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxtune.lora.watch import watched
+
 Adapter = dict[str, jax.Array]
 
 
@@ -21,6 +24,8 @@ def product(
 ) -> jax.Array:
     """x [..., in] -> [..., out]; `matmul(x, weight)` is x W^T for whatever kind of weight this is. `ax` is A x where
     `inner_products` has it already."""
+    if adapter is not None and "squares" in adapter:
+        x = watched(x, adapter["squares"])
     y = matmul(x, weight)
     if adapter is None or "a" not in adapter:
         return y

@@ -64,7 +64,7 @@ class Adapted:
 
 def torch_logits(model) -> np.ndarray:
     with torch.no_grad():
-        return model.eval()(torch.from_numpy(IDS).long()).logits.numpy()
+        return model.eval()(torch.from_numpy(IDS).long()).logits.float().numpy()
 
 
 def logits_of_folder(folder: Path) -> np.ndarray:

@@ -13,6 +13,7 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 from jaxtune import errors
+from jaxtune.export.compressed_folder import save_compressed
 from jaxtune.loading.checkpoint import Checkpoint
 from tests.export.adapted import Adapted
 from tests.export.byte_level import VOCAB, byte_level
@@ -43,9 +44,10 @@ def contents(folder):
 
 SAVERS = {
     "merged": lambda adapted, folder, **options: adapted.save_merged(folder / "out", **options),
+    "fp8": lambda adapted, folder: save_compressed(folder / "out", adapted._trained, scheme="fp8_dynamic"),
     "gguf": lambda adapted, folder, **options: adapted.save_gguf(folder / "out", **options),
 }
-FOLDERS = {"merged": "out", "gguf": "out_gguf"}
+FOLDERS = {"merged": "out", "fp8": "out", "gguf": "out_gguf"}
 each_saver = pytest.mark.parametrize("how", SAVERS)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from jaxtune.errors import OptionError
 from jaxtune.export.gguf.mixtures import MIXTURES, Layout, tensor_types
-from jaxtune.export.gguf.quants import TensorType, encode, nbytes
+from jaxtune.export.gguf.quants import TensorType, encode, encoding, nbytes
 from tests.export import gguf_cases
 from tests.kit.compare import relative_rms
 
@@ -37,6 +37,48 @@ def recorded():
 def test_the_inputs_are_those_of_the_record(recorded):
     for name, rows in ROWS.items():
         np.testing.assert_array_equal(gguf_cases.digests(rows), recorded[f"input/{name}"], name)
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    """By a compiled program, which small tensors are not worth; the fixture lists how many rows it left to numpy."""
+    left_over, encode_rows = [], encoding.on_device.encode_rows
+
+    def counting(rows, quantiser, row_bytes, importance, in_numpy):
+        left_over.append(0)
+
+        def counted(odd):
+            left_over[-1] += len(odd)
+            return in_numpy(odd)
+
+        return encode_rows(rows, quantiser, row_bytes, importance, counted)
+
+    monkeypatch.setattr(encoding, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(encoding.on_device, "encode_rows", counting)
+    return left_over
+
+
+@pytest.mark.parametrize("type", encoding.ON_DEVICE, ids=lambda type: type.name)
+def test_every_block_of_a_program_is_llama_cpp_s(recorded, on_device, type):
+    found = gguf_cases.digests(encode(ALL_ROWS, type, "x").reshape(len(ALL_ROWS), -1))
+    kinds = np.repeat(list(ROWS), [len(rows) for rows in ROWS.values()])
+    assert not list(kinds[found != recorded[f"{type.name}/plain"]])
+    assert 0 < on_device[0] * type.block < ALL_ROWS.size / 4
+
+
+@pytest.mark.parametrize("type", encoding.ON_DEVICE, ids=lambda type: type.name)
+def test_a_program_gives_numpy_s_bytes_with_an_importance(on_device, monkeypatch, type):
+    rng = np.random.default_rng(4)
+    importance = np.ldexp(
+        0.1 + rng.random(gguf_cases.COLUMNS), rng.integers(-12, 12, gguf_cases.COLUMNS)
+    ).astype(np.float32)
+    importance[::7] = 0
+    kinds = [rows for name, rows in ROWS.items() if name not in ("denormal", "near denormal")]
+    rows = np.concatenate([*kinds, rng.standard_normal((2000, gguf_cases.COLUMNS)).astype(np.float32) / 32])
+    found = encode(rows, type, "x", importance)
+    assert 0 < on_device[0] < len(rows) / 4
+    monkeypatch.setattr(encoding, "ON_DEVICE", {})
+    np.testing.assert_array_equal(found, encode(rows, type, "x", importance))
 
 
 @pytest.mark.parametrize("weights", IMPORTANCE)

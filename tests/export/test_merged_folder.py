@@ -10,7 +10,8 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from jaxtune import get_chat_template
-from jaxtune.export.merged_folder import parse_size
+from jaxtune.export import ahead, merge
+from jaxtune.export.hf_folder import parse_size
 from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.lora.tree import modules
 from tests.export.adapted import Adapted, logits_of_folder
@@ -161,10 +162,12 @@ def test_an_earlier_merge_is_replaced_whole(sharded_bf16, tmp_path):
     assert files(folder) == files(sharded_bf16.save_merged(tmp_path / "fresh"))
 
 
-def test_memory_holds_a_few_tensors(tmp_path):
+def test_memory_holds_a_few_tensors(tmp_path, monkeypatch):
     adapted = Adapted(tmp_path, num_hidden_layers=24, hidden_size=256, intermediate_size=512, vocab_size=512)
     whole = sum(path.stat().st_size for path in adapted.base.glob("*.safetensors"))
     largest = 512 * 256 * 4
+    monkeypatch.setattr(ahead, "AHEAD", largest)
+    monkeypatch.setattr(merge, "AT_ONCE", largest // 16)
     _ = [np.asarray(leaf) for _, ab in modules(adapted.model.lora) for leaf in ab.values()]
     adapted.save_merged(tmp_path / "warm")
     tracemalloc.start()

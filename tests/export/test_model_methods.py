@@ -1,5 +1,7 @@
 """Export through the names that users know, from a model that was trained in 4 bits."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -78,6 +80,14 @@ def test_an_importance_matrix(trained, tmp_path):
 def test_the_adapter_alone(trained, tmp_path):
     trained[0].save_pretrained_merged(tmp_path / "lora", save_method="lora")
     assert (tmp_path / "lora" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("method", ["fp8", "w8a16"])
+def test_a_compressed_merge(trained, tmp_path, method):
+    trained[0].save_pretrained_merged(tmp_path / method, save_method=method)
+    settings = json.loads((tmp_path / method / "config.json").read_text())["quantization_config"]
+    assert settings["quant_method"] == "compressed-tensors"
+    assert settings["config_groups"]["group_0"]["weights"]["type"] == {"fp8": "float", "w8a16": "int"}[method]
 
 
 def test_a_model_without_an_adapter_is_saved_as_it_is(trained, tmp_path):

@@ -11,7 +11,7 @@ import torch
 
 from jaxtune import FastLanguageModel, add_new_tokens
 from jaxtune.errors import ExportError
-from jaxtune.export import hf_folder, merge, merged_4bit
+from jaxtune.export import compressed_folder, hf_folder, merge, merged_4bit
 from jaxtune.export.verify import adapter as verify_adapter
 from jaxtune.export.verify import packed as verify_packed
 from jaxtune.lora.tree import modules
@@ -120,31 +120,22 @@ def adapted(tmp_path_factory):
     return Adapted(tmp_path_factory.mktemp("verified"), dtype="bfloat16", lora={"use_dora": True})
 
 
-def update_of(change):
-    """The merge with something wrong with it."""
-    of = merge.Update.of
-
-    def wrong(update, weight):
-        return change(update, lambda update: of(update, weight), weight)
-
-    return wrong
-
-
 MISTAKES = {
-    "one module is left out": lambda update, of, weight: (
-        weight.astype(np.float32) if update.module.endswith("1.mlp.down_proj") else of(update)
+    "one module is left out": lambda update: (
+        dataclasses.replace(update, b=0 * update.b) if update.module.endswith("1.mlp.down_proj") else update
     ),
-    "half the scale": lambda update, of, weight: of(dataclasses.replace(update, b=update.b / 2)),
-    "rows in another order": lambda update, of, weight: of(
-        dataclasses.replace(update, b=np.roll(update.b, 1, axis=0))
-    ),
-    "DoRA's lengths are forgotten": lambda update, of, weight: of(dataclasses.replace(update, lengths=None)),
+    "half the scale": lambda update: dataclasses.replace(update, b=update.b / 2),
+    "rows in another order": lambda update: dataclasses.replace(update, b=np.roll(update.b, 1, axis=0)),
+    "DoRA's lengths are forgotten": lambda update: dataclasses.replace(update, lengths=None),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_the_merge_is_seen(adapted, tmp_path, monkeypatch, mistake):
-    monkeypatch.setattr(merge.Update, "of", update_of(MISTAKES[mistake]))
+    added_to = merge.Update.added_to
+    monkeypatch.setattr(
+        merge.Update, "added_to", lambda update, *rest: added_to(MISTAKES[mistake](update), *rest)
+    )
     where = "Layer 1" if "one module" in mistake else r"Layer \d"
     with pytest.raises(
         ExportError, match=rf"{where} of the merged model, read back: the relative error"
@@ -242,6 +233,23 @@ def test_four_bits_of_other_weights(in_four_bits, tmp_path, monkeypatch):
         model.save_pretrained_merged(tmp_path / "merged", save_method="merged_4bit")
     assert not list(tmp_path.iterdir())
     model.save_pretrained_merged(tmp_path / "merged", save_method="merged_4bit", verify=False)
+
+
+@pytest.mark.parametrize("scheme", ["fp8_dynamic", "w8a16", "w4a16"])
+def test_compressed_tensors(adapted, tmp_path, monkeypatch, caplog, scheme):
+    save = lambda **options: adapted.model.save_pretrained_merged(
+        tmp_path / "out", save_method=scheme, **options
+    )
+    with caplog.at_level("INFO"):
+        save()
+    (said,) = (line for line in caplog.messages if "of what their bits allow" in line)
+    assert said.startswith("14 linears, read back, are off by at most ")
+    assert 50 < int(re.search(r"at most (\d+)%", said)[1]) <= 100
+    codes_of = compressed_folder.codes_of
+    monkeypatch.setattr(compressed_folder, "codes_of", lambda *given: codes_of(*given)[:, ::-1])
+    with pytest.raises(ExportError, match=r"read back, is off by \S+ times what its \d bits allow"):
+        save()
+    save(verify=False)
 
 
 def test_an_adapter(adapted, tmp_path, monkeypatch, caplog):

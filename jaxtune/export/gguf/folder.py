@@ -3,6 +3,7 @@
 The folder is `<name>_gguf/`, a file in it `<model>.<METHOD>.gguf`, as Unsloth's users expect them.
 """
 
+import contextlib
 import glob
 import math
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxtune.errors import OptionError, nearest
+from jaxtune.export.ahead import ahead
 from jaxtune.export.gguf import ropes, shards, tensors
 from jaxtune.export.gguf.architectures import Architecture, architecture_of
 from jaxtune.export.gguf.imatrix import Importance, for_tensor, read_imatrix
@@ -25,7 +27,6 @@ from jaxtune.export.merge import MergedCheckpoint, Trained
 from jaxtune.export.ollama import MODELFILE, modelfile
 from jaxtune.export.verify.gguf import Written, verify_gguf
 from jaxtune.folders import named, staged
-from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.log import counted, get_logger
 from jaxtune.models.config import ModelConfig
 
@@ -66,7 +67,7 @@ def save_gguf(
     importance = {} if imatrix_file is None else read_imatrix(imatrix_file)
     folder = Path(f"{named(folder)}_gguf")
     title = Path(name).name or "model"
-    with Checkpoint(trained.base) as checkpoint:
+    with trained.open() as checkpoint:
         merged = MergedCheckpoint.of(checkpoint, trained)
         config = merged.settings(trained.config)
         architecture = architecture_of(config)
@@ -176,22 +177,25 @@ def _write(stage: Path, stem: str, model: _Model, method: str, limit: int | None
     factors = ropes.tensors(config)
     written = Written()
 
-    def encoded(info: TensorInfo) -> np.ndarray:
+    def stored(info: TensorInfo) -> np.ndarray:
         if info.name in factors:
-            array, columns = factors[info.name], None
-        else:
-            array = tensors.as_stored(architecture, config, info.name, merged.read(names[info.name]))
-            columns = for_tensor(importance, info.name, info.shape)
+            return factors[info.name]
+        return tensors.as_stored(architecture, config, info.name, merged.read(names[info.name]))
+
+    def encoded(info: TensorInfo) -> np.ndarray:
+        _, array = next(arrays)
+        columns = for_tensor(importance, info.name, info.shape)
         blocks = encode(array, info.type, info.name, columns)
         if verify:
             written.note(info, array, columns, blocks)
         return blocks
 
     files = shards.split(stem, metadata, infos, limit)
-    for shard in files:
-        write_gguf(stage / shard.file, shard.metadata, shard.tensors, encoded)
-        if verify:
-            verify_gguf(stage / shard.file, shard.metadata, shard.tensors, written)
+    with contextlib.closing(ahead(((info, 2 * math.prod(info.shape)) for info in infos), stored)) as arrays:
+        for shard in files:
+            write_gguf(stage / shard.file, shard.metadata, shard.tensors, encoded)
+            if verify:
+                verify_gguf(stage / shard.file, shard.metadata, shard.tensors, written)
     return [shard.file for shard in files]
 
 

@@ -21,12 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.errors import ExportError
-from jaxtune.export.merge import MergedCheckpoint, Trained
-from jaxtune.loading.checkpoint import Checkpoint, Tensors
+from jaxtune.export.merge import MergedCheckpoint, Trained, Update
+from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.loading.config import read_config
 from jaxtune.log import get_logger
-from jaxtune.lora.config import EMBEDDING, PISSA, WHOLE_MODULES
-from jaxtune.lora.init import rest_of
+from jaxtune.lora.config import EMBEDDING, WHOLE_MODULES
 from jaxtune.lora.tree import insert, with_settings
 from jaxtune.models import names
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
@@ -53,7 +52,7 @@ def verify_forward(folder: Path, merged: MergedCheckpoint, trained: Trained) -> 
     with Checkpoint(folder) as checkpoint, _exactly():
         theirs = _Model(CausalLM(at_length(FAMILIES[hf["model_type"]](hf), length)), checkpoint.read)
         base = CausalLM(trained.config, trained.lora_config)
-        ours = _Model(base, functools.partial(_of_base, merged.checkpoint, trained), trained.lora)
+        ours = _Model(base, functools.partial(_of_base, merged), trained.lora)
         errors = dict(_compare(ours, theirs))
     bounded = [part for part in errors if part != _LOGITS or bound == _FLOAT32_BOUND]
     worst = max(bounded, key=lambda part: errors[part] if errors[part] >= 0 else np.inf)  # a NaN first of all
@@ -89,14 +88,11 @@ def _exactly() -> Iterator[None]:
         yield
 
 
-def _of_base(checkpoint: Tensors, trained: Trained, name: str) -> np.ndarray:
+def _of_base(merged: MergedCheckpoint, name: str) -> np.ndarray:
     """A weight as the adapter is added to it."""
-    own, config = trained.own.get(name), trained.lora_config
-    weight = checkpoint.read(name) if own is None else np.asarray(own.fetch())
-    module = name.removesuffix(".weight")
-    if config is None or config.init_lora_weights != PISSA or not config.targets(module):
-        return weight
-    return np.asarray(rest_of(jnp.asarray(weight), config, module))
+    own, change = merged.own.get(name), merged.changes.get(name)
+    weight = merged.checkpoint.read(name) if own is None else np.asarray(own.fetch())
+    return change.start(weight) if isinstance(change, Update) else weight
 
 
 class _Excerpt(NamedTuple):

@@ -50,6 +50,8 @@ def attention(
     most B T / G tokens: memory may be reserved for G M such pieces. [B, 1] promises one segment in each row, from its
     start, with padding after it.
 
+    `seen` is what `see` gives of the same segments, pieces and window; without it, it is found out here.
+
     `implementation`: see `kernels.choice`. The output is named "attention" for rematerialisation, and what its backward
     pass needs besides "attention_statistics".
     """

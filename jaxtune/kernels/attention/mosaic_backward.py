@@ -11,10 +11,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxtune.kernels.attention.mosaic_forward import QUERIES, TILE, WARPGROUPS, capped, places, unit
-
-KEYS = 64
-"""Of a warpgroup that goes through queries."""
+from jaxtune.kernels.attention.mosaic_forward import capped, places, unit
+from jaxtune.kernels.attention.tiles import KEYS, QUERIES, TILE, WARPGROUPS
+from jaxtune.kernels.mosaic import (
+    Stream,
+    barriers,
+    begin_product,
+    computing_and_fetching,
+    fetch,
+    finished,
+    in_phases,
+    pass_by,
+    pl,
+    plgpu,
+    tiled,
+    with_sums,
+)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "softcap", "keys", "stages", "interpret"))
@@ -35,21 +47,6 @@ def gradient_of_queries(
     interpret: bool = False,
 ) -> jax.Array:
     """[N, H, D]; `delta` is each output's product with its gradient."""
-    from jaxtune.kernels.mosaic import (
-        Stream,
-        barriers,
-        begin_product,
-        computing_and_fetching,
-        fetch,
-        finished,
-        in_phases,
-        pass_by,
-        pl,
-        plgpu,
-        tiled,
-        with_sums,
-    )
-
     N, H, D = q_NHD.shape
     group, dtype = H // k_NKD.shape[1], q_NHD.dtype
     PER_ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -94,7 +91,7 @@ def gradient_of_queries(
                     s_QS, slope = capped(finished(s, under_way=1), scale, softcap)
                     p_QS = jnp.exp2(s_QS * to_log2 - of_row(log_sums_Q))
                     if masked:
-                        row_Q, column_S = places(p_QS.shape, plgpu)
+                        row_Q, column_S = places(p_QS.shape)
                         column_QS = lax.broadcast_in_dim(column_S + (begin + block) * keys, p_QS.shape, [1])
                         visible = (column_QS >= of_row(first_Q)) & (column_QS <= of_row(row_Q + base))
                         p_QS = jnp.where(visible, p_QS, 0.0)
@@ -170,21 +167,6 @@ def gradient_of_keys(
     interpret: bool = False,
 ) -> list[jax.Array]:
     """Of keys and values, [N, K, D] each, or one of them; `queries` in a block."""
-    from jaxtune.kernels.mosaic import (
-        Stream,
-        barriers,
-        begin_product,
-        computing_and_fetching,
-        fetch,
-        finished,
-        in_phases,
-        pass_by,
-        pl,
-        plgpu,
-        tiled,
-        with_sums,
-    )
-
     N, H, D = q_NHD.shape
     K, dtype = k_NKD.shape[1], q_NHD.dtype
     group, tile_size, to_log2 = H // K, WARPGROUPS * KEYS, unit(scale, softcap)
@@ -228,7 +210,7 @@ def gradient_of_keys(
                     s_SQ, slope = capped(finished(s), scale, softcap)
                     p_SQ = jnp.exp2(s_SQ * to_log2 - number(log_sums_buffer.at[here]))
                     if masked:
-                        row_S, column_Q = places(p_SQ.shape, plgpu)
+                        row_S, column_Q = places(p_SQ.shape)
                         row_SQ = lax.broadcast_in_dim(row_S + base, p_SQ.shape, [0])
                         visible = row_SQ >= number(first_buffer.at[here])
                         visible &= row_SQ <= of_column(column_Q + (begin + block) * queries)

@@ -6,16 +6,28 @@ Shapes: N tokens of all rows, H heads, K key/value heads, D head size; Q queries
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-WARPGROUPS = 2
-QUERIES = 64
-"""Of a warpgroup: the rows of one instruction on the tensor cores."""
-TILE = WARPGROUPS * QUERIES
+from jaxtune.kernels.attention.tiles import QUERIES, TILE, WARPGROUPS
+from jaxtune.kernels.mosaic import (
+    Stream,
+    barriers,
+    begin_product,
+    computing_and_fetching,
+    fetch,
+    finished,
+    in_phases,
+    pass_by,
+    pl,
+    plgpu,
+    tiled,
+    with_sums,
+    zeros,
+)
+
 LOG2_E = math.log2(math.e)
 NEVER, LEAST = -1e30, -1e20
 """A score that cannot be seen, and what the greatest of a row's is taken for at least: both finite, and far apart, so
@@ -36,26 +48,9 @@ def forward(
     stages: tuple[int, int],
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output [N, H, D], and the logarithm to base 2 of each softmax's denominator [H, N], in float32. `first` and the
-    `edges` of each warpgroup's blocks are as in `intervals`. `keys` in a
-    block, `stages` of them, and of those of values, on their way or in use. The scale is positive. (Compiled by itself,
-    so that all layers share it.)"""
-    from jaxtune.kernels.mosaic import (
-        Stream,
-        barriers,
-        begin_product,
-        computing_and_fetching,
-        fetch,
-        finished,
-        in_phases,
-        pass_by,
-        pl,
-        plgpu,
-        tiled,
-        with_sums,
-        zeros,
-    )
-
+    """Output [N, H, D], and the logarithm to base 2 of each softmax's denominator [H, N], in float32. `first`, and the
+    `edges` of each warpgroup's blocks, are as in `intervals`. A block has so many `keys`; `stages` of them, and of the
+    values', are on their way or in use. The scale is positive. (Compiled by itself, so that all layers share it.)"""
     N, H, D = q_NHD.shape
     group = H // k_NKD.shape[1]
     dtype = q_NHD.dtype
@@ -88,7 +83,7 @@ def forward(
                 s_QS, _ = capped(s_QS, scale, softcap)
                 if not masked:
                     return s_QS
-                row_Q, column_S = places(s_QS.shape, plgpu)
+                row_Q, column_S = places(s_QS.shape)
                 of_row = lambda each: lax.broadcast_in_dim(each, s_QS.shape, [0])
                 column_QS = lax.broadcast_in_dim(column_S + (begin + block) * keys, s_QS.shape, [1])
                 visible = (column_QS >= of_row(first_Q)) & (column_QS <= of_row(row_Q + base))
@@ -196,7 +191,7 @@ def capped(products: jax.Array, scale: float, softcap: float | None) -> tuple[ja
     return within, 1 - within * within
 
 
-def places(shape: tuple[int, ...], plgpu: Any) -> tuple[jax.Array, jax.Array]:
+def places(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """The numbers of the rows, and of the columns, of a matrix in registers."""
     row, column = (
         plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=plgpu.Layout.WGMMA.reduce(1 - axis))

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtune.kernels.attention import mosaic_backward, mosaic_forward
 from jaxtune.kernels.attention.cudnn import OUTPUT, STATISTICS
 from jaxtune.kernels.attention.intervals import intervals
-from jaxtune.kernels.attention.mosaic_forward import TILE
+from jaxtune.kernels.attention.tiles import KEYS, QUERIES, TILE, Blocks, blocks
 
 SIZES = (64, 96, 128, 256)
 """Of a head."""
@@ -25,32 +24,11 @@ SIZES = (64, 96, 128, 256)
 class Form(NamedTuple):
     scale: float
     softcap: float | None
-    blocks: "Blocks"
+    blocks: Blocks
     interpret: bool
 
     def settings(self) -> dict[str, Any]:
         return {"scale": self.scale, "softcap": self.softcap, "interpret": self.interpret}
-
-
-Size = tuple[int, tuple[int, int]]
-"""Of a block, and how many there may be of what is read first, and of what is read in the middle."""
-
-
-class Blocks(NamedTuple):
-    """What is fetched at a time, as it was fastest on an H100."""
-
-    forward: Size
-    of_queries: Size
-    of_keys: Size
-
-
-def blocks(size: int, packed: bool) -> Blocks:
-    """For heads of this size. Of 256, shared memory holds less."""
-    if size > 128:
-        return Blocks((64, (2, 2)), (64, (2, 1)), (64, (2, 1)))
-    if packed:
-        return Blocks((64, (3, 3)), (64, (2, 2)), (64, (3, 3)))
-    return Blocks((128, (2, 2)), (64, (2, 2)), (64, (2, 2)))
 
 
 class Seen(NamedTuple):
@@ -107,9 +85,9 @@ def see(segments_BT: jax.Array, window: int | None, size: int, packed: bool = Tr
     found, of = intervals(_whole_tiles(segments_BT), window), blocks(size, packed)
     return Seen(
         found.first,
-        found.blocks(mosaic_forward.QUERIES, of.forward[0]),
-        found.blocks(mosaic_forward.QUERIES, of.of_queries[0]),
-        found.blocks_by(mosaic_backward.KEYS, of.of_keys[0]),
+        found.blocks(QUERIES, of.forward[0]),
+        found.blocks(QUERIES, of.of_queries[0]),
+        found.blocks_by(KEYS, of.of_keys[0]),
     )
 
 
@@ -125,6 +103,8 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen, form: Form) ->
 
 
 def _forward(q, k, v, seen, form):
+    from jaxtune.kernels.attention import mosaic_forward  # which imports Pallas: a quarter of a second
+
     keys, stages = form.blocks.forward
     out, log_sums = mosaic_forward.forward(
         q, k, v, seen.first, seen.forward, **form.settings(), keys=keys, stages=stages
@@ -134,6 +114,8 @@ def _forward(q, k, v, seen, form):
 
 
 def _backward(form, kept, gradients):
+    from jaxtune.kernels.attention import mosaic_backward
+
     q, k, v, seen, out, log_sums = kept
     dout, dlse = gradients
     # The gradient of the denominators' logarithm is spread over the scores as the weights are.

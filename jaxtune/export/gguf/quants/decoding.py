@@ -8,6 +8,7 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
+from jaxtune.export.gguf.quants import search
 from jaxtune.export.gguf.quants.books import levels
 from jaxtune.export.gguf.quants.iq4 import VALUES
 from jaxtune.export.gguf.quants.k_quants import of_pairs_of_six_bits
@@ -105,13 +106,13 @@ def _q3_k(blocks: np.ndarray) -> np.ndarray:
 
 def _q4_k(blocks: np.ndarray) -> np.ndarray:
     d, d_min, both, codes = _fields(blocks, 2, 2, 12)
-    scales, minimums = of_pairs_of_six_bits(both)
+    scales, minimums = of_pairs_of_six_bits(search, both)
     return _affine(_pairs_of_32(codes), _scale(d) * scales, _scale(d_min) * minimums)
 
 
 def _q5_k(blocks: np.ndarray) -> np.ndarray:
     d, d_min, both, high, low = _fields(blocks, 2, 2, 12, 32)
-    scales, minimums = of_pairs_of_six_bits(both)
+    scales, minimums = of_pairs_of_six_bits(search, both)
     codes = _pairs_of_32(low) | unpacked(high, 1, 1).reshape(-1, 256) << 4
     return _affine(codes, _scale(d) * scales, _scale(d_min) * minimums)
 

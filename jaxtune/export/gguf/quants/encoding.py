@@ -4,15 +4,15 @@ The bytes are those of llama.cpp's `ggml_quantize_chunk`, for every block: its a
 float32 and in its order of additions.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 
 from jaxtune.errors import OptionError
-from jaxtune.export.gguf.quants import floats, iq1, iq2_iq3, iq4, k_quants, legacy
+from jaxtune.export.gguf.quants import floats, iq1, iq2_iq3, iq4, k_quants, legacy, on_device, search
 from jaxtune.export.gguf.quants.pack import DoesNotFit
 from jaxtune.export.gguf.quants.types import TensorType, nbytes
 
@@ -21,6 +21,8 @@ _CHUNK = 1 << 18
 temporaries to stay in a cache."""
 _THREADS = 8
 """numpy lets others run while it computes."""
+WORTH_COMPILING = 1 << 22
+"""Numbers of a tensor for which numpy takes longer than a program takes to compile, which then serves the others."""
 
 
 def encode(
@@ -39,33 +41,36 @@ def encode(
         experts = zip(array, importance, strict=True)
         return np.concatenate([encode(expert, type, name, columns) for expert, columns in experts])
     rows = array.reshape(-1, array.shape[-1])
-    out = np.empty((len(rows), nbytes(rows.shape[1:], type)), np.uint8)
+    in_numpy = functools.partial(_in_numpy, type=type, name=name, importance=importance)
+    if type in ON_DEVICE and rows.size >= WORTH_COMPILING and on_device.is_fit(importance):
+        # Without an importance no block knows its row: one program serves all sizes.
+        rows = rows.reshape(-1, type.block) if importance is None else rows
+        row_bytes = nbytes(rows.shape[1:], type)
+        return on_device.encode_rows(rows, ON_DEVICE[type], row_bytes, importance, in_numpy).reshape(-1)
     step = max(1, _CHUNK // rows.shape[1])
-
-    def convert(start: int) -> None:
-        chunk = rows[start : start + step].astype(np.float32)
-        try:
-            with np.errstate(all="ignore"):  # what comes of it is dealt with where it matters
-                if not np.isfinite(chunk).all():
-                    raise DoesNotFit
-                out[start : start + step] = _QUANTISERS[type](chunk, importance).reshape(len(chunk), -1)
-        except DoesNotFit:
-            raise OptionError(
-                f"{name} holds values that {type.name} cannot: its largest is {np.abs(chunk).max():g}.",
-                expected="values, and where there are scales, scales within float16's 65504.",
-                fix='Use quantization_method="bf16" or "f32".',
-            ) from None
-
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
-        for _ in threads.map(convert, range(0, len(rows), step)):
-            pass  # what was raised there is raised here
-    return out.reshape(-1)
+        parts = threads.map(lambda start: in_numpy(rows[start : start + step]), range(0, len(rows), step))
+        return np.concatenate([*parts]).reshape(-1)
 
 
-_QUANTISERS: dict[TensorType, Callable[[np.ndarray, Any], np.ndarray]] = {
-    TensorType.F32: floats.f32,
-    TensorType.F16: floats.f16,
-    TensorType.BF16: floats.bf16,
+def _in_numpy(rows: np.ndarray, type: TensorType, name: str, importance: np.ndarray | None) -> np.ndarray:
+    """[rows, bytes]"""
+    x = rows.astype(np.float32)
+    try:
+        with np.errstate(all="ignore"):  # what comes of it is dealt with where it matters
+            if not np.isfinite(x).all():
+                raise DoesNotFit
+            encoded = _IN_NUMPY[type](x, importance)
+    except DoesNotFit:
+        raise OptionError(
+            f"{name} holds values that {type.name} cannot: its largest is {np.abs(x).max():g}.",
+            expected="values, and where there are scales, scales within float16's 65504.",
+            fix='Use quantization_method="bf16" or "f32".',
+        ) from None
+    return encoded.reshape(len(x), -1)
+
+
+ON_DEVICE = {
     TensorType.Q4_0: legacy.q4_0,
     TensorType.Q4_1: legacy.q4_1,
     TensorType.Q5_0: legacy.q5_0,
@@ -76,6 +81,14 @@ _QUANTISERS: dict[TensorType, Callable[[np.ndarray, Any], np.ndarray]] = {
     TensorType.Q4_K: k_quants.q4_k,
     TensorType.Q5_K: k_quants.q5_k,
     TensorType.Q6_K: k_quants.q6_k,
+}
+"""Those whose arithmetic may be numpy's or JAX's."""
+
+_IN_NUMPY: dict[TensorType, Callable[..., np.ndarray]] = {
+    **{type: functools.partial(quantiser, on=search) for type, quantiser in ON_DEVICE.items()},
+    TensorType.F32: floats.f32,
+    TensorType.F16: floats.f16,
+    TensorType.BF16: floats.bf16,
     TensorType.IQ1_S: iq1.iq1_s,
     TensorType.IQ1_M: iq1.iq1_m,
     TensorType.IQ2_XXS: iq2_iq3.iq2_xxs,

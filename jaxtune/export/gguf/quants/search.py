@@ -7,9 +7,19 @@ won, not its codes: they are computed again at the end, which is cheaper than co
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from jaxtune.export.gguf.quants.pack import half, joined, packed
+
+__all__ = [
+    "affine", "half", "importance_weights", "inverse", "joined", "largest", "nearest", "np", "one_by_one", "packed",
+    "positive", "product", "quotient", "ratio", "root", "settled", "smallest", "sub_blocks", "symmetric", "total",
+]  # fmt: skip
+
+product, quotient, root = np.multiply, np.divide, np.sqrt
+"""Rounded by themselves, which goes without saying here."""
 
 ONE = np.float32(1)
 NOTHING = np.float32(1e-15)
@@ -18,6 +28,11 @@ _MAGIC = np.float32(12582912)
 """1.5 * 2**23: what is added to it loses its fraction, half to even."""
 _ROUNDABLE = np.float32(1 << 22)
 """What is larger does not survive that addition, and wraps around."""
+
+
+def settled(x: np.ndarray) -> np.ndarray:
+    """As it is: what matters to a compiler only."""
+    return x
 
 
 def nearest(x: np.ndarray) -> np.ndarray:
@@ -83,10 +98,10 @@ WEIGHTED_STEPS = Steps(-0.9, 0.05, 36)
 
 
 class Affine(NamedTuple):
-    scale_B: np.ndarray
-    minimum_B: np.ndarray
+    scale_B: Any
+    minimum_B: Any
     """x = scale * code - minimum; at least 0."""
-    codes_NB: np.ndarray
+    codes_NB: Any
 
 
 def affine(x_NB: np.ndarray, w_NB: np.ndarray, top: int, steps: Steps, *, absolute: bool = False) -> Affine:
