@@ -24,6 +24,8 @@ def export(
     imatrix_file: Path | None = None,
     max_shard_size: str | None = None,
     base_model: str | None = None,
+    original_model: str | None = None,
+    dequantize: bool = False,
     max_seq_length: int | None = None,
     token: str | None = None,
     revision: str | None = None,
@@ -40,6 +42,8 @@ def export(
         imatrix_file: Of GGUF: what llama-imatrix measured with the model.
         max_shard_size: The most that one file holds, such as 5GB.
         base_model: The hub id or the folder of the base, in place of the one that the adapter names.
+        original_model: What a base that is quantised itself was made from, an id or a folder; left out, it is found.
+        dequantize: Merge into the weights of such a base as they are.
         max_seq_length: The length that the model was trained for, if it was stretched for that.
         token: The hub's, for models that are gated.
         revision: A branch, tag or commit of the hub's model.
@@ -73,6 +77,8 @@ def export(
             imatrix_file=imatrix_file,
             max_shard_size=max_shard_size,
             token=token,
+            original_model=original_model,
+            dequantize=dequantize,
             verify=verify,
         )
         uses = {file.name: f"for llama.cpp: llama-cli -m {file.name}" for file in files}
@@ -80,9 +86,15 @@ def export(
             files[0].parent, uses | {"Modelfile": f"for Ollama, there: ollama create {name.lower()}"}
         )
     else:
-        size = max_shard_size or "5GB"
         found.save_pretrained_merged(
-            folder, found.tokenizer, save_method=to, max_shard_size=size, token=token, verify=verify
+            folder,
+            found.tokenizer,
+            save_method=to,
+            max_shard_size=max_shard_size or "5GB",
+            token=token,
+            original_model=original_model,
+            dequantize=dequantize,
+            verify=verify,
         )
         report.files(
             folder.parent, {folder.name: "for transformers, vLLM, FastLanguageModel.from_pretrained"}

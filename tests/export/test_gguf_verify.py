@@ -1,6 +1,8 @@
 """A GGUF file is read back before it bears its name: whatever is wrong with it is seen, and no weights are refused for
 what they are."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from jaxtune.export.verify.gguf import furthest_off
 from tests.export import gguf_cases
 from tests.export.adapted import Adapted
 
+DOCS = Path(__file__).parents[2] / "docs" / "export.md"
 COLUMNS = 512
 every_type = pytest.mark.parametrize("type", TensorType, ids=lambda type: type.name)
 
@@ -173,5 +176,19 @@ def test_a_mistake_of_ours(adapted, tmp_path, monkeypatch, method):
     assert not list(tmp_path.iterdir())
 
 
-def test_every_type_has_a_bound():
+def test_bounds_in_the_docs():
+    """Of every type, with the worst that was found, which is within it."""
+    rows = [
+        line.split("|")[1:-1]
+        for line in DOCS.read_text(encoding="utf-8").splitlines()
+        if line.startswith("|")
+    ]
+    cells = [row[n : n + 3] for row in rows if len(row) == 9 for n in (0, 3, 6)]
+    said = {
+        name.strip(): (bound, worst) for name, bound, worst in cells if name.strip() in TensorType.__members__
+    }
+    assert said.keys() == {type.name for type in BOUNDS if type.block > 1}
+    for name, (bound, worst) in said.items():
+        assert float(bound) == BOUNDS[TensorType[name]].error
+        assert 0.7 < float(worst) / float(bound) < 0.9
     assert set(BOUNDS) == set(TensorType)
