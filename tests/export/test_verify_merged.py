@@ -84,7 +84,7 @@ def test_every_kind_of_adapter(kind, tmp_path, caplog):
     assert max(logits, part) < 2e-5
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.016), ("float16", 0.002)])
+@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.031), ("float16", 0.0039)])
 def test_sixteen_bits_may_be_off_by_their_rounding(dtype, bound, tmp_path, caplog):
     folder = models.save(models.random_llama().to(getattr(torch, dtype)), tmp_path / "base")
     model, _ = FastLanguageModel.from_pretrained(folder, dtype="float32")  # trained in 4 bits, merged in 16
@@ -92,8 +92,8 @@ def test_sixteen_bits_may_be_off_by_their_rounding(dtype, bound, tmp_path, caplo
         awake(FastLanguageModel.get_peft_model(model, r=4)), tmp_path / "merged", caplog
     )
     assert allowed == pytest.approx(bound, rel=0.05)
-    assert 0.1 * bound < part < 0.5 * bound
-    assert 0.1 * bound < logits < bound
+    assert 0.05 * bound < part < 0.25 * bound
+    assert 0.05 * bound < logits < bound
 
 
 def test_added_tokens_and_a_longer_context(tmp_path, caplog):
@@ -112,7 +112,7 @@ def test_a_model_that_was_trained_whole(tmp_path, caplog):
     model, _ = FastLanguageModel.from_pretrained(folder, dtype="float32", full_finetuning=True)
     model.params = jax.tree.map(lambda x: x * 1.01, model.params)
     _, part, bound = saved(model, tmp_path / "merged", caplog)
-    assert 0 < part < bound == 0.016
+    assert 0 < part < bound == 0.031
 
 
 @pytest.fixture(scope="module")
@@ -146,15 +146,18 @@ def test_a_mistake_in_the_merge_is_seen(adapted, tmp_path, monkeypatch, mistake)
     adapted.save_merged(tmp_path / "merged", verify=False)
 
 
-def test_a_config_that_says_something_else_is_seen(adapted, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rms_norm_eps": 0.5}, "of the merged model, read back: the relative error"),
+        ({"vocab_size": 383}, "config.json, read back, says of the merged model: {'tokens': 383"),
+    ],
+)
+def test_a_config_that_says_something_else_is_seen(adapted, tmp_path, monkeypatch, settings, said):
     """The folder's own config.json is what its model is built from."""
     as_hf = hf_folder.context.as_hf
-
-    def wrong(original, model):
-        return {**as_hf(original, model), "rms_norm_eps": 0.5}
-
-    monkeypatch.setattr(hf_folder.context, "as_hf", wrong)
-    with pytest.raises(ExportError, match="of the merged model, read back"):
+    monkeypatch.setattr(hf_folder.context, "as_hf", lambda *given: {**as_hf(*given), **settings})
+    with pytest.raises(ExportError, match=re.escape(said)):
         adapted.save_merged(tmp_path / "merged")
 
 

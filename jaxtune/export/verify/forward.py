@@ -29,7 +29,7 @@ from jaxtune.lora.config import EMBEDDING, WHOLE_MODULES
 from jaxtune.lora.tree import insert, with_settings
 from jaxtune.models import names
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
-from jaxtune.models.config import LayerKind
+from jaxtune.models.config import LayerKind, ModelConfig
 from jaxtune.models.context import at_length
 from jaxtune.models.families import FAMILIES
 
@@ -49,8 +49,10 @@ def verify_forward(folder: Path, merged: MergedCheckpoint, trained: Trained) -> 
     length = max((rope.length for rope in trained.config.ropes), default=0) or trained.config.max_position
     hf = read_config(folder, supported=FAMILIES)
     bound = _bound(merged)
+    config = at_length(FAMILIES[hf["model_type"]](hf), length)
+    _require_sizes(config, trained.config)
     with Checkpoint(folder) as checkpoint, _exactly():
-        theirs = _Model(CausalLM(at_length(FAMILIES[hf["model_type"]](hf), length)), checkpoint.read)
+        theirs = _Model(CausalLM(config), checkpoint.read)
         base = CausalLM(trained.config, trained.lora_config)
         ours = _Model(base, functools.partial(_of_base, merged), trained.lora)
         errors = dict(_compare(ours, theirs))
@@ -70,12 +72,27 @@ def verify_forward(folder: Path, merged: MergedCheckpoint, trained: Trained) -> 
     )  # fmt: skip
 
 
+def _require_sizes(found: ModelConfig, expected: ModelConfig) -> None:
+    sizes = lambda c: {
+        "tokens": c.vocab_size,
+        "layers": c.num_layers,
+        "width": c.hidden_size,
+        "heads": c.num_heads,
+    }
+    if sizes(found) != sizes(expected):
+        raise ExportError(
+            f"config.json, read back, says of the merged model: {sizes(found)}.",
+            expected=f"{sizes(expected)}, as trained.",
+            fix="This is a fault of jaxtune's: please report it. verify=False writes the folder all the same.",
+        )
+
+
 def _bound(merged: MergedCheckpoint) -> float:
     """What rounding weights once to their dtype may change a layer by. Each is off by half a unit in its last place at
     most, by 0.2 of that unit on average, and so is what a product of them gives; four such products follow one another
-    in a layer. Two units leave room for a softmax, which makes errors larger."""
+    in a layer. Four units leave room for softmaxes, and for sums of large terms, which make errors larger."""
     rounded = [merged.dtype(name) for name in {*merged.changes, *merged.own} if name in merged]
-    return max([_FLOAT32_BOUND, *(2 * float(jnp.finfo(dtype).eps) for dtype in rounded)])
+    return max([_FLOAT32_BOUND, *(4 * float(jnp.finfo(dtype).eps) for dtype in rounded)])
 
 
 @contextlib.contextmanager
