@@ -5,36 +5,33 @@ older form of names and numbers behind one another (`.dat`).
 """
 
 import math
-import mmap
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from jaxtune.errors import CheckpointError
+from jaxtune.export.gguf.quants import TensorType
+from jaxtune.export.gguf.reader import GGUF, read_gguf
+from jaxtune.export.gguf.writer import MAGIC
 
 Importance = Mapping[str, np.ndarray]
 """GGUF name -> float32 [columns], or [experts, columns]."""
-
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Bytes of a value, by the number of its type."""
-_STRING, _ARRAY, _F32 = 8, 9, 0
 
 
 def read_imatrix(path: str | Path) -> Importance:
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            found = _read(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        found = _read(path)
         for name, numbers in found.items():
             if not (np.isfinite(numbers) & (numbers >= 0)).all():
                 raise ValueError(f"{name} has numbers that are negative or not finite")
         return found
-    except (OSError, ValueError, KeyError, struct.error, UnicodeDecodeError) as error:
+    except (OSError, ValueError, KeyError, struct.error, CheckpointError) as error:
+        why = error.found if isinstance(error, CheckpointError) else error
         raise CheckpointError(
-            f"imatrix_file={str(path)!r} is not an importance matrix: {error}",
+            f"imatrix_file={str(path)!r} is not an importance matrix: {why}",
             expected="a file that llama-imatrix wrote, GGUF or .dat.",
             fix="Give the path of such a file, or leave imatrix_file out.",
         ) from error
@@ -57,62 +54,22 @@ def for_tensor(importance: Importance, name: str, shape: tuple[int, ...]) -> np.
     )
 
 
-class _Reader:
-    def __init__(self, data: mmap.mmap, start: int):
-        self.data, self.at = data, start
-
-    def numbers(self, form: str) -> tuple[Any, ...]:
-        found = struct.unpack_from("<" + form, self.data, self.at)
-        self.at += struct.calcsize("<" + form)
-        return found
-
-    def text(self, length: str) -> str:
-        (size,) = self.numbers(length)
-        self.at += size
-        return self.data[self.at - size : self.at].decode()
-
-    def floats(self, count: int) -> np.ndarray:
-        self.at += 4 * count
-        return np.frombuffer(self.data, "<f4", count, self.at - 4 * count)
+def _read(path: Path) -> dict[str, np.ndarray]:
+    with path.open("rb") as file:
+        is_gguf = file.read(len(MAGIC)) == MAGIC
+    return _from_gguf(read_gguf(path)) if is_gguf else _from_dat(_Reader(path.read_bytes()))
 
 
-def _read(data: mmap.mmap) -> dict[str, np.ndarray]:
-    return _read_gguf(data) if data[:4] == b"GGUF" else _read_dat(_Reader(data, 0))
-
-
-def _read_gguf(data: mmap.mmap) -> dict[str, np.ndarray]:
-    reader = _Reader(data, 4)
-    _, tensors, values = reader.numbers("IQQ")
-    for _ in range(values):
-        reader.text("Q")
-        _skip(reader, *reader.numbers("I"))
-    infos = []
-    for _ in range(tensors):
-        name = reader.text("Q")
-        (dims,) = reader.numbers("I")
-        shape = reader.numbers(f"{dims}Q")[::-1]
-        infos.append((name, shape, *reader.numbers("IQ")))
-    start = reader.at + -reader.at % 32
+def _from_gguf(file: GGUF) -> dict[str, np.ndarray]:
     arrays = {}
-    for name, shape, kind, offset in infos:
-        if kind != _F32:
-            raise ValueError(f"{name} is of type {kind}, not float32")
-        arrays[name] = _Reader(data, start + offset).floats(math.prod(shape)).reshape(shape)
+    for name, tensor in file.tensors.items():
+        if tensor.info.type is not TensorType.F32:
+            raise ValueError(f"{name} is of type {tensor.info.type.name}, not F32")
+        arrays[name] = tensor.data.view("<f4").reshape(tensor.info.shape)
     names = [name.removesuffix(".in_sum2") for name in arrays if name.endswith(".in_sum2")]
     if not names:
         raise ValueError("it has no tensor <name>.in_sum2")
     return {name: _mean(arrays[f"{name}.in_sum2"], np.rint(arrays[f"{name}.counts"])) for name in names}
-
-
-def _skip(reader: _Reader, kind: int) -> None:
-    if kind == _STRING:
-        reader.text("Q")
-    elif kind == _ARRAY:
-        element, count = reader.numbers("IQ")
-        for _ in range(count):
-            _skip(reader, element)
-    else:
-        reader.at += _SIZES[kind]
 
 
 def _mean(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -121,13 +78,32 @@ def _mean(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return means[0] if len(means) == 1 else means
 
 
-def _read_dat(reader: _Reader) -> dict[str, np.ndarray]:
+class _Reader:
+    def __init__(self, data: bytes):
+        self.data, self.at = data, 0
+
+    def numbers(self, form: str) -> tuple[int, ...]:
+        found = struct.unpack_from("<" + form, self.data, self.at)
+        self.at += struct.calcsize("<" + form)
+        return found
+
+    def text(self) -> str:
+        (size,) = self.numbers("i")
+        self.at += size
+        return self.data[self.at - size : self.at].decode()
+
+    def floats(self, count: int) -> np.ndarray:
+        self.at += 4 * count
+        return np.frombuffer(self.data, "<f4", count, self.at - 4 * count)
+
+
+def _from_dat(reader: _Reader) -> dict[str, np.ndarray]:
     (entries,) = reader.numbers("i")
     if entries < 1:
         raise ValueError("it has no entries")
     found = {}
     for _ in range(entries):
-        name = reader.text("i")
+        name = reader.text()
         calls, count = reader.numbers("ii")
         found[name] = reader.floats(count) / np.float32(max(calls, 1))
     return found
