@@ -170,10 +170,15 @@ def test_memory_holds_a_few_tensors(tmp_path, monkeypatch):
     monkeypatch.setattr(merge, "AT_ONCE", largest // 16)
     _ = [np.asarray(leaf) for _, ab in modules(adapted.model.lora) for leaf in ab.values()]
     adapted.save_merged(tmp_path / "warm")
+    with Checkpoint(adapted.base) as base:
+        layer = sum(4 * np.prod(base.shape(name)) for name in base.names if ".layers.0." in name)
     tracemalloc.start()
     try:
-        adapted.save_merged(tmp_path / "merged")
+        adapted.save_merged(tmp_path / "merged", verify=False)
         merged_peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        adapted.save_merged(tmp_path / "merged")
+        verified_peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.reset_peak()
         adapted.save_gguf(tmp_path / "out", "q8_0")
         gguf_peak = tracemalloc.get_traced_memory()[1]
@@ -181,6 +186,7 @@ def test_memory_holds_a_few_tensors(tmp_path, monkeypatch):
         tracemalloc.stop()
     assert whole > 25 * largest
     assert merged_peak < 6 * largest
+    assert verified_peak < 6 * largest + 2 * layer, "one of the base, one of the merge"
     assert gguf_peak < 10 * largest
 
 
