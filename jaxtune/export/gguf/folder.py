@@ -22,7 +22,7 @@ from jaxtune.export.gguf.quants import encode
 from jaxtune.export.gguf.vocab import model_name, vocabulary
 from jaxtune.export.gguf.writer import TensorInfo, write_gguf
 from jaxtune.export.merge import MergedCheckpoint, Trained
-from jaxtune.export.ollama import MODELFILE, modelfile
+from jaxtune.export.ollama import MODELFILE, modelfile, sampling_of
 from jaxtune.folders import named, staged
 from jaxtune.log import counted, get_logger
 from jaxtune.models.config import ModelConfig
@@ -74,7 +74,8 @@ def save_gguf(
         with staged(folder, marker=MODELFILE) as stage:
             for file, method in zip(files, methods, strict=True):
                 _write(stage / file, merged, architecture, config, names, words, method, importance)
-            (stage / MODELFILE).write_text(modelfile(files[0], tokenizer), encoding="utf-8")
+            ollama = modelfile(files[0], tokenizer, sampling_of(trained.base))
+            (stage / MODELFILE).write_text(ollama, encoding="utf-8")
     return [folder / file for file in files]
 
 
