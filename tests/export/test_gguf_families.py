@@ -140,7 +140,7 @@ def greedy(model: torch.nn.Module | LlamaCpp) -> list[int]:
 @pytest.mark.parametrize("case", CASES)
 def test_llama_cpp_gives_the_logits_of_transformers(tmp_path, case):
     model, architecture = made(case)
-    full, eight, four = export(model, tmp_path, ["f32", "q8_0", "q4_k_m"])
+    full, half, eight, four = export(model, tmp_path, ["f32", "f16", "q8_0", "q4_k_m"])
     reader = gguf.GGUFReader(full)
     assert reader.fields["general.architecture"].contents() == architecture
     has_head = "output.weight" in {tensor.name for tensor in reader.tensors}
@@ -150,6 +150,7 @@ def test_llama_cpp_gives_the_logits_of_transformers(tmp_path, case):
     lengths = (max(LENGTHS),) if "beyond" in case else LENGTHS
     assert distance(model, llama_cpp, lengths) < (2e-3 if "gemma" in case else 1e-4)
     assert greedy(llama_cpp) == greedy(model)
+    assert distance(model, LlamaCpp(half), lengths) < 5e-3
     assert distance(model, LlamaCpp(eight), lengths) < FAR["q8_0"]
     assert distance(model, LlamaCpp(four), lengths) < FAR["q4_k_m"]
 

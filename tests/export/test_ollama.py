@@ -9,7 +9,7 @@ import pytest
 
 from jaxtune import apply_chat_template, construct_chat_template, get_chat_template
 from jaxtune.data.templates import TEMPLATES, named_template
-from jaxtune.export.ollama import modelfile
+from jaxtune.export.ollama import modelfile, sampling_of
 from jaxtune.export.ollama.formats import FORMATS as GO
 from tests.data.named_formats import FORMATS, WITHOUT_SYSTEM
 from tests.data.test_published_templates import ALL as PUBLISHED
@@ -284,6 +284,16 @@ class TestTheFile:
         named = {name: config[name] for name in ("temperature", "top_p", "top_k") if name in config}
         expected = {"temperature": 1.0, **named} if config.get("do_sample") else {}
         assert GO[named_template(one.name).name].sampling == expected
+
+    def test_what_the_base_recommends_goes_first(self, tmp_path):
+        tokenizer = tokenizer_for("gemma-3")
+        sampled = {"do_sample": True, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1, "top_p": None}
+        (tmp_path / "generation_config.json").write_text(json.dumps(sampled))
+        assert modelfile("x.gguf", tokenizer, sampling_of(tmp_path)).splitlines()[-4:] == [
+            "PARAMETER temperature 1", "PARAMETER top_k 20", "PARAMETER min_p 0.05", "PARAMETER repeat_penalty 1.1",
+        ]  # fmt: skip
+        (tmp_path / "generation_config.json").write_text(json.dumps({**sampled, "do_sample": False}))
+        assert sampling_of(tmp_path) == sampling_of(tmp_path / "nowhere") == {}
 
     @pytest.mark.parametrize("name", GO)
     def test_stops_at_the_end_of_turns_and_of_texts(self, name):

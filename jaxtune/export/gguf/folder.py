@@ -24,7 +24,7 @@ from jaxtune.export.gguf.vocab import model_name, vocabulary
 from jaxtune.export.gguf.writer import TensorInfo, write_gguf
 from jaxtune.export.hf_folder import parse_size
 from jaxtune.export.merge import MergedCheckpoint, Trained
-from jaxtune.export.ollama import MODELFILE, modelfile
+from jaxtune.export.ollama import MODELFILE, modelfile, sampling_of
 from jaxtune.export.verify.gguf import Written, verify_gguf
 from jaxtune.folders import named, staged
 from jaxtune.log import counted, get_logger
@@ -89,7 +89,7 @@ def save_gguf(
         with staged(folder, marker=MODELFILE, replaces=earlier) as stage:
             files = [_write(stage, stem, model, method, limit, verify) for stem, method in stems.items()]
             whole = f"{next(iter(stems))}.gguf"
-            text = _for_shards(files[0], whole) + modelfile(whole, tokenizer)
+            text = _for_shards(files[0], whole) + modelfile(whole, tokenizer, sampling_of(trained.base))
             (stage / MODELFILE).write_text(text, encoding="utf-8")
     return [folder / file for of_method in files for file in of_method]
 

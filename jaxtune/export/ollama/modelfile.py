@@ -8,11 +8,15 @@ tab and line breaks are kept.
 import json
 import re
 import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxtune.data.example_template import example_of
 from jaxtune.export.ollama.formats import FORMATS, Format
 from jaxtune.export.ollama.recognise import default_system, named_template_of
+from jaxtune.loading.config import read_json
+from jaxtune.loading.ends import GENERATION_FILE
 from jaxtune.log import get_logger
 
 if TYPE_CHECKING:
@@ -23,10 +27,35 @@ log = get_logger(__name__)
 MODELFILE = "Modelfile"
 
 
-def modelfile(gguf_file: str, tokenizer: "Tokenizer") -> str:
+_SAMPLING = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repeat_penalty",
+}
+"""transformers' names of what Ollama samples by, and Ollama's."""
+
+
+def sampling_of(folder: Path) -> dict[str, float]:
+    """What the makers of the model in `folder` recommend, by Ollama's names; nothing, if they say that nothing is
+    sampled, or do not say."""
+    path = folder / GENERATION_FILE
+    settings = read_json(path) if path.is_file() else {}
+    if not settings.get("do_sample"):
+        return {}
+    sampling = {"temperature": 1.0}  # transformers' own, where none is named
+    for ours, theirs in _SAMPLING.items():
+        if isinstance(value := settings.get(ours), int | float):
+            sampling[theirs] = value
+    return sampling
+
+
+def modelfile(gguf_file: str, tokenizer: "Tokenizer", sampling: Mapping[str, float] | None = None) -> str:
     """The Modelfile for a GGUF beside it, whose name begins with the model's. It has a TEMPLATE if the tokenizer's chat
     template was made of an example, is one of our named ones, or prints the same as one; or if the tokenizer has none,
-    and the model's name is known. Otherwise it has no TEMPLATE, and says so."""
+    and the model's name is known. Otherwise it has no TEMPLATE, and says so. `sampling` goes before what the makers of
+    the template's first models recommend."""
     form, system = _form(gguf_file, tokenizer)
     lines = [f"FROM ./{gguf_file}"]
     if form.go and (value := _quoted(_with_tokens(form.go, tokenizer), "chat template")):
@@ -41,7 +70,7 @@ def modelfile(gguf_file: str, tokenizer: "Tokenizer") -> str:
         lines.append("# No TEMPLATE: Ollama goes by the chat template in the GGUF.")
     stops = dict.fromkeys(filter(None, (*form.stops, tokenizer.eos_token)))
     lines += [f"PARAMETER stop {value}" for stop in stops if (value := _quoted(stop, "stop string"))]
-    lines += [f"PARAMETER {name} {value:g}" for name, value in form.sampling.items()]
+    lines += [f"PARAMETER {name} {value:g}" for name, value in (sampling or form.sampling).items()]
     return "\n".join(lines) + "\n"
 
 

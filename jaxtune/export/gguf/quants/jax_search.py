@@ -3,9 +3,9 @@
 Compilers take liberties with floats that change these bytes, and each has its remedy here. A product that is then added
 to something would be fused with the sum; its bits pass through an integer operation of which only the caller knows that
 it does nothing (`sealed`). Quotients and roots are approximate; they are taken in float64 and rounded, sealed before
-and after, for else a quotient by a constant becomes a product, and one that is rounded the float32 one again. What is
-left are numbers so small that a product of theirs may vanish, which a CPU's program takes for zero: `are_odd` finds
-the rows that have some, which numpy then does.
+and after, for else a quotient by a constant becomes a product, and one that is rounded the float32 one again. So is
+what is rounded to float16, which else is left as it was. What remains are numbers so small that a product of theirs may
+vanish, which a CPU's program takes for zero: `are_odd` finds the rows that have some, which numpy then does.
 """
 
 import dataclasses
