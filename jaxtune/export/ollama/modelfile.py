@@ -23,12 +23,14 @@ log = get_logger(__name__)
 MODELFILE = "Modelfile"
 
 
-def modelfile(gguf_file: str, tokenizer: "Tokenizer") -> str:
+def modelfile(gguf_file: str, tokenizer: "Tokenizer", adapter_file: str | None = None) -> str:
     """The Modelfile for a GGUF beside it, whose name begins with the model's. It has a TEMPLATE if the tokenizer's chat
     template was made of an example, is one of our named ones, or prints the same as one; or if the tokenizer has none,
-    and the model's name is known. Otherwise it has no TEMPLATE, and says so."""
+    and the model's name is known. Otherwise it has no TEMPLATE, and says so.
+
+    `adapter_file` is a GGUF of what is added to that model."""
     form, system = _form(gguf_file, tokenizer)
-    lines = [f"FROM ./{gguf_file}"]
+    lines = [f"FROM ./{gguf_file}", *([] if adapter_file is None else [f"ADAPTER ./{adapter_file}"])]
     if form.go and (value := _quoted(_with_tokens(form.go, tokenizer), "chat template")):
         lines.append(f"TEMPLATE {value}")
         if system and (value := _quoted(system, "system message")):
