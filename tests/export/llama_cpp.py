@@ -9,7 +9,8 @@ import xllamacpp
 
 
 class LlamaCpp:
-    """One loaded file, with an adapter's if given. The cache is float32 and attention plain, so that what is compared is the file."""
+    """One loaded file, or with an adapter two. The cache is float32 and attention plain, so that what is compared is
+    the files."""
 
     def __init__(self, path: Path, adapter: Path | None = None):
         params = xllamacpp.CommonParams()

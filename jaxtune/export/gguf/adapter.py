@@ -27,8 +27,9 @@ METHODS = {
     "bf16": TensorType.BF16,
     "q8_0": TensorType.Q8_0,
     "auto": TensorType.F16,
+    "fast_quantized": TensorType.F16,
 }
-"""Adapters are float32 here, of which float16 keeps more than bfloat16."""
+"""Of what is not said, float16: adapters are float32 here, of which it keeps more than bfloat16."""
 
 
 def save_adapter_gguf(
@@ -77,7 +78,7 @@ def _factors(
     config: ModelConfig,
     alpha: float,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    host = {module: leaves for module, leaves in layers(lora, lora_config, module_names)}
+    host = dict(layers(lora, lora_config, module_names))
     for name, hf_name in tensors.gguf_names(
         config, (f"{module}.weight" for module in host), "The adapter"
     ).items():
@@ -93,7 +94,7 @@ def _factors(
 
 
 def _type_of(method: str) -> TensorType:
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise OptionError(
             f"quantization_method={method!r} for an adapter.",
             expected=f"one of {', '.join(METHODS)}: other types are for whole models.",
