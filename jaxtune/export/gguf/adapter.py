@@ -13,8 +13,9 @@ import numpy as np
 from jaxtune.errors import AdapterError, OptionError, nearest
 from jaxtune.export.gguf import tensors
 from jaxtune.export.gguf.architectures import Architecture, architecture_of
+from jaxtune.export.gguf.mixtures import MIXTURES
 from jaxtune.export.gguf.quants import TensorType, encode
-from jaxtune.export.gguf.writer import TensorInfo, write_gguf
+from jaxtune.export.gguf.writer import QUANTIZATION_VERSION, TensorInfo, write_gguf
 from jaxtune.export.ollama import MODELFILE, modelfile
 from jaxtune.folders import named, staged
 from jaxtune.lora.config import EMBEDDING_PATH, HEAD_PATH, LOFTQ, PISSA, LoraConfig, ModuleNames
@@ -55,6 +56,8 @@ def save_adapter_gguf(
         "general.architecture": architecture.name,
         "general.type": "adapter",
         "general.name": f"{title} LoRA",
+        "general.file_type": np.uint32(MIXTURES[type.name.lower()].file_type),
+        "general.quantization_version": np.uint32(QUANTIZATION_VERSION),
         "adapter.type": "lora",
         "adapter.lora.alpha": alpha,
     }
