@@ -165,6 +165,8 @@ class Push:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         status = getattr(getattr(cause, "response", None), "status_code", None)
         said = getattr(cause, "server_message", None) or one_line(cause)
+        if isinstance(cause, ValueError):  # what a card's head may not say, line by line
+            said = " ".join(str(cause).split())
         if isinstance(cause, OfflineModeIsEnabled):
             return HubError(
                 f"{self.repo_id!r} cannot be pushed: HF_HUB_OFFLINE forbids asking the hub.",

@@ -127,7 +127,7 @@ def test_what_it_says_of_itself(tmp_path, llama):
 def test_a_modelfile_adds_it_to_a_base(tmp_path, llama):
     write(llama[0], tmp_path / "adapter", "f16")
     lines = (tmp_path / "adapter" / "Modelfile").read_text().splitlines()
-    assert lines[:2] == ["FROM ./Tiny.gguf", "ADAPTER ./Tiny-lora.F16.gguf"]
+    assert lines[1:3] == ["FROM ./Tiny.gguf", "ADAPTER ./Tiny-lora.F16.gguf"]
     assert 'PARAMETER stop "<|end|>"' in lines
 
 

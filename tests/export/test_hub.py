@@ -31,10 +31,13 @@ import json, shutil, sys
 from pathlib import Path
 from jaxtune.errors import JaxtuneError
 from jaxtune.export.hub import Output, Push, save
+from jaxtune.folders import cannot_write
 
 def writer(changes):
     def write(folder, name):
         shutil.copytree(sys.argv[1], folder, dirs_exist_ok=True)
+        if changes == "full":
+            raise cannot_write(folder, OSError(28, "No space left on device"))
         for file, text in changes.items():
             (folder / file).unlink() if text is None else (folder / file).write_text(text)
         return [folder / "config.json"]
@@ -205,23 +208,29 @@ class TestInterruptions:
 
 
 class TestRefusals:
-    """All of them before anything is written, and so before a merge."""
-
     def test_by_the_hub(self, hub: UploadHub, home: Path, folder: Path):
         push(hub, home, folder, {"repo_id": "you/theirs"}, HF_TOKEN="hf_you")
-        wrong, foreign, missing, unwritable = push(
+        wrong, foreign, missing, unwritable, full, proposed, bad_card = push(
             hub, home, folder,
             {"repo_id": ID, "token": "hf_wrong"},
             {"repo_id": "you/theirs"},
             {"repo_id": "nobody/model"},
             {"repo_id": ID, "temporary_location": str(folder / "config.json" / "below")},
+            {"repo_id": ID, "changes": "full"},
+            {"repo_id": "you/theirs", "create_pr": True, "changes": {"config.json": "{}"}},
+            {"repo_id": ID, "changes": {"README.md": "---\ndatasets:\n- my own\n---\n"}},
         )  # fmt: skip
         assert wrong["error"] == "HubError" and "HTTP 401" in wrong["found"] and "HF_TOKEN" in wrong["fix"]
         for answer in (foreign, missing):
             assert answer["error"] == "HubError" and "HTTP 403" in answer["found"]
             assert "create_pr=True" in answer["fix"]
         assert unwritable["error"] == "OutputFolderError" and "below" in unwritable["found"]
-        assert len(hub.commits) == 1
+        assert "No space left" in full["found"] and "temporary_location=" in full["fix"]
+        assert proposed["pr"] == f"{hub.url}/you/theirs/discussions/1"
+        assert 'Invalid metadata in README.md. - "my own" is no id' in bad_card["found"]
+        assert [(commit.repo, commit.revision) for commit in hub.commits] == [
+            ("you/theirs", "main"), ("you/theirs", "refs/pr/1")
+        ]  # fmt: skip
 
     def test_a_repository_of_the_other_kind(self, hub: UploadHub, home: Path, folder: Path):
         adapter = {"repo_id": ID, "changes": {"adapter_config.json": "{}"}}

@@ -21,6 +21,8 @@ from threading import Event
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import yaml
+
 from tests.kit.hub import FakeHub, Handler, Repository, Revision
 
 
@@ -85,14 +87,15 @@ class UploadHandler(Handler):
         path = urlsplit(self.path).path
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if path == "/api/validate-yaml":
-            return self.send_json({"errors": [], "warnings": []})
+            return self._validate(json.loads(body)["content"])
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         if path.startswith("/lfs/"):
             return self._join(json.loads(body))
         if path.endswith(".git/info/lfs/objects/batch"):
-            repo = path.strip("/").removesuffix(".git/info/lfs/objects/batch")
-            return self._if_allowed(repo, self._offer, json.loads(body)["objects"])
+            if self._name() is None:
+                return self.fail(401, "", "Invalid username or password.")
+            return self._offer(json.loads(body)["objects"])  # for a proposal, perhaps
         found = self._split(path.removeprefix("/api/models").strip("/"))
         if found is None:
             return self.fail(404, "RepoNotFound", "Repository not found")
@@ -138,6 +141,13 @@ class UploadHandler(Handler):
         if repo.split("/")[0] != name:
             return self.fail(403, "", f"You don't have the rights to write under {repo.split('/')[0]!r}")
         then(*arguments)
+
+    def _validate(self, card: str) -> None:
+        """Of a head's many rules, one: that datasets have ids."""
+        head = yaml.safe_load(card.split("---\n")[1]) if card.startswith("---") else {}
+        errors = [{"message": f'"{name}" is no id'} for name in head.get("datasets", []) if " " in name]
+        answer = json.dumps({"errors": errors, "warnings": []}).encode()
+        self.send(400 if errors else 200, answer, {"Content-Type": "application/json"})
 
     def _create(self, asked: dict[str, Any]) -> None:
         repo = f"{asked['organization'] or self._name()}/{asked['name']}"

@@ -30,7 +30,13 @@ def modelfile(gguf_file: str, tokenizer: "Tokenizer", adapter_file: str | None =
 
     `adapter_file` is a GGUF of what is added to that model."""
     form, system = _form(gguf_file, tokenizer)
-    lines = [f"FROM ./{gguf_file}", *([] if adapter_file is None else [f"ADAPTER ./{adapter_file}"])]
+    lines = [f"FROM ./{gguf_file}"]
+    if adapter_file is not None:
+        lines = [
+            "# Put the base model beside this, or name one that Ollama has.",
+            *lines,
+            f"ADAPTER ./{adapter_file}",
+        ]
     if form.go and (value := _quoted(_with_tokens(form.go, tokenizer), "chat template")):
         lines.append(f"TEMPLATE {value}")
         if system and (value := _quoted(system, "system message")):
