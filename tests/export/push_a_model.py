@@ -23,7 +23,8 @@ def main(base: str, folder: Path) -> None:
     logits = np.asarray(model.apply(model.params, model.lora, prompt))
 
     model.push_to_hub("me/adapter", tokenizer, private=True, tags=["mine"], commit_message="Adapter")
-    model.push_to_hub_merged("me/merged", tokenizer, max_shard_size="300KB", commit_message="Merged")
+    for message in ("Merged", "Merged again"):
+        model.push_to_hub_merged("me/merged", tokenizer, max_shard_size="300KB", commit_message=message)
     model.push_to_hub_gguf("me/gguf", tokenizer, quantization_method=["q8_0", "f16"], commit_message="GGUF")
     model.push_to_hub_ggml("me/ggml", tokenizer, quantization_method="q8_0", commit_message="GGML")
     model.save_pretrained_merged(folder / "kept", tokenizer, save_method="lora", push_to_hub=True)

@@ -259,6 +259,7 @@ class TestRefusals:
 
 
 def test_a_model_in_every_form_and_loaded_again(hub: UploadHub, home: Path, tmp_path: Path):
+    """What is written once more is the same to the byte: the second push of the merge has nothing to send."""
     base = models.save(models.random_llama(), tmp_path / "base")
     process = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "push_a_model.py"), str(base), str(tmp_path)],
