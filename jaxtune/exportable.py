@@ -216,13 +216,14 @@ class Exportable:
             ) from error
 
     def _as_it_is(self, tokenizer: Any, tags: Names, datasets: Names) -> Output:
-        if self.lora is None or self.causal_lm.lora_config is None:
+        lora, config = self.lora, self.causal_lm.lora_config
+        if lora is None or config is None:
             if any(map(_is_packed, jax.tree.leaves(self.params, is_leaf=_is_packed))):
                 return self._packed(tokenizer, tags, datasets)
             return self._merged(tokenizer, "merged_16bit", "5GB", None, tags, datasets)
+        saved_tokenizer = self._saved_tokenizer(tokenizer)
 
         def write(folder: Path, name: str) -> list[Path]:
-            lora, config = self._adapter()
             save_adapter(
                 folder,
                 lora,
@@ -230,7 +231,7 @@ class Exportable:
                 self.causal_lm.module_names,
                 base=self.name_or_path,
                 revision=self.revision,
-                tokenizer=self._saved_tokenizer(tokenizer),
+                tokenizer=saved_tokenizer,
                 tables={name: np.asarray(self.params[name]["weight"]) for name in self.own_parts},
             )
             self._card(card.ADAPTER, name, tags, datasets).write(folder)
@@ -239,9 +240,10 @@ class Exportable:
         return Output(write, beside=CONFIG_FILE)
 
     def _packed(self, tokenizer: Any, tags: Names, datasets: Names) -> Output:
+        base, saved_tokenizer = self.original_folder(), self._saved_tokenizer(tokenizer)
+
         def write(folder: Path, name: str) -> list[Path]:
-            base, saved = self.original_folder(), self._saved_tokenizer(tokenizer)
-            save_bnb(folder, base, self.causal_lm, self.params, tokenizer=saved)
+            save_bnb(folder, base, self.causal_lm, self.params, tokenizer=saved_tokenizer)
             self._card(card.MODEL, name, tags, datasets).write(folder)
             return [folder / CONFIG_FILE]
 
@@ -271,14 +273,10 @@ class Exportable:
                 fix=f"Leave save_method out.{nearest(str(save_method), (*_MERGES, 'lora'))}",
             )
         parse_size(max_shard_size)
+        trained, saved_tokenizer = self._trained(token), self._saved_tokenizer(tokenizer)
 
         def write(folder: Path, name: str) -> list[Path]:
-            _MERGES[save_method](
-                folder,
-                self._trained(token),
-                tokenizer=self._saved_tokenizer(tokenizer),
-                max_shard_size=max_shard_size,
-            )
+            _MERGES[save_method](folder, trained, tokenizer=saved_tokenizer, max_shard_size=max_shard_size)
             self._card(card.MODEL, name, tags, datasets).write(folder)
             return [folder / CONFIG_FILE]
 
@@ -303,11 +301,12 @@ class Exportable:
                 fix="Leave save_method out.",
             )
         check_methods(quantization_method, imatrix_file)
+        trained = self._trained(token)
 
         def write(folder: Path, name: str) -> list[Path]:
             files = save_gguf(
                 folder,
-                self._trained(token),
+                trained,
                 tokenizer=self.tokenizer if tokenizer is None else tokenizer,
                 name=self.name_or_path,
                 quantization_method=quantization_method,
