@@ -261,8 +261,10 @@ class TestRefusals:
 def test_a_model_in_every_form_and_loaded_again(hub: UploadHub, home: Path, tmp_path: Path):
     """What is written once more is the same to the byte: the second push of the merge has nothing to send."""
     base = models.save(models.random_llama(), tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    hub.add("org/base", base)
     process = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "push_a_model.py"), str(base), str(tmp_path)],
+        [sys.executable, str(Path(__file__).parent / "push_a_model.py"), "org/base", str(tmp_path)],
         env=hub.environment(home, HF_TOKEN=ME, PYTHONPATH=str(ROOT), **BY_LFS),
         capture_output=True,
         text=True,
@@ -275,7 +277,7 @@ def test_a_model_in_every_form_and_loaded_again(hub: UploadHub, home: Path, tmp_
         ("me/adapter", "Adapter"), ("me/merged", "Merged"), ("me/gguf", "GGUF"), ("me/ggml", "GGML"),
         ("me/kept", "Trained with jaxtune"),
     ]  # fmt: skip
-    names = {repo: {*on_hub(hub, repo=repo)} for repo in hub.repositories}
+    names = {repo: {*on_hub(hub, repo=repo)} for repo in hub.repositories if repo.startswith("me/")}
     tokenizer = {"tokenizer.json", "tokenizer_config.json"}
     adapter = {"adapter_config.json", "adapter_model.safetensors", "README.md", *tokenizer}
     assert names["me/adapter"] == names["me/kept"] == adapter
@@ -287,5 +289,7 @@ def test_a_model_in_every_form_and_loaded_again(hub: UploadHub, home: Path, tmp_
         "config.json", "generation_config.json", "model.safetensors.index.json", "README.md", *tokenizer
     }  # fmt: skip
     card = on_hub(hub, repo="me/adapter")["README.md"].decode()
-    assert "- mine\n" in card and 'from_pretrained("me/adapter")' in card
+    for line in ("base_model: org/base", "license: mit", "- mine", "model = AutoPeft"):
+        assert f"\n{line}" in card
+    assert 'from_pretrained("me/adapter")' in card
     assert hub.repositories["me/adapter"].private and not hub.repositories["me/merged"].private
