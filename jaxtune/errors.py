@@ -53,6 +53,10 @@ class OutputFolderError(JaxtuneError):
     """A folder to write to that exists and holds something that is not ours, or that cannot be written."""
 
 
+class HubError(JaxtuneError):
+    """A push that the hub refused, or that broke off."""
+
+
 class OptionError(JaxtuneError, ValueError):
     """An option that does not exist, or a value that it cannot take."""
 

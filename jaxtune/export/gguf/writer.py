@@ -16,6 +16,9 @@ from jaxtune.export.gguf.quants.types import TensorType, nbytes
 ALIGNMENT = 32
 """Of every tensor, counted from the beginning of the data, and of that beginning itself."""
 
+QUANTIZATION_VERSION = 2
+"""Of the layout of blocks, as `general.quantization_version` says it."""
+
 _MAGIC, _VERSION = b"GGUF", 3
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _SCALARS = {
