@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jaxtune.data.templates import get_chat_template
     from jaxtune.exportable import Exportable
     from jaxtune.language_model import LanguageModel
+    from jaxtune.pushable import Pushable
     from jaxtune.rl import GRPOConfig, GRPOTrainer
     from jaxtune.training import EarlyStoppingCallback, SFTConfig, SFTTrainer, TrainerCallback
     from jaxtune.unsloth_names import (
@@ -32,6 +33,7 @@ _HOME = {
     "Exportable": "jaxtune.exportable",
     "FastLanguageModel": "jaxtune.api",
     "LanguageModel": "jaxtune.language_model",
+    "Pushable": "jaxtune.pushable",
     "GRPOConfig": "jaxtune.rl",
     "GRPOTrainer": "jaxtune.rl",
     "SFTConfig": "jaxtune.training",
@@ -58,6 +60,7 @@ __all__ = [
     "GRPOConfig",
     "GRPOTrainer",
     "LanguageModel",
+    "Pushable",
     "SFTConfig",
     "SFTTrainer",
     "TrainerCallback",

@@ -57,6 +57,10 @@ class ExportError(JaxtuneError):
     """What was written, read back, is not what was to be written."""
 
 
+class HubError(JaxtuneError):
+    """A push that the hub refused, or that broke off."""
+
+
 class OptionError(JaxtuneError, ValueError):
     """An option that does not exist, or a value that it cannot take."""
 

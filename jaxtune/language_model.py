@@ -5,19 +5,25 @@ import dataclasses
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.errors import OptionError
-from jaxtune.exportable import Exportable
+from jaxtune.errors import AdapterError, OptionError
 from jaxtune.inference.generate import ends, generate
+from jaxtune.loading import adapter as adapters
+from jaxtune.loading.hub import resolve
 from jaxtune.log import get_logger
 from jaxtune.lora import tree as lora_tree
+from jaxtune.lora.config import PISSA
+from jaxtune.lora.tables import unlike
 from jaxtune.models import names
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.options import ANY, mirrors
+from jaxtune.pushable import Pushable
+from jaxtune.reporting.last_run import LastRun
 
 log = get_logger(__name__)
 
@@ -36,8 +42,19 @@ _GENERATE_WITHOUT_EFFECT = {
 }
 
 
+class LoraRequest(NamedTuple):
+    """An adapter beside the model's own, for `generate(..., lora_request=)`; or for
+    `causal_lm.apply(model.params, lora, tokens)`."""
+
+    name: str
+    """The folder or id that it was loaded from."""
+    causal_lm: CausalLM
+    """The model with this adapter's settings."""
+    lora: Lora
+
+
 @dataclasses.dataclass(eq=False, repr=False)
-class LanguageModel(Exportable):
+class LanguageModel(Pushable):
     """A loaded model. `params` and `lora` are plain nested dicts of arrays; `causal_lm` holds the pure functions."""
 
     causal_lm: CausalLM
@@ -58,6 +75,8 @@ class LanguageModel(Exportable):
     own_parts: frozenset[str] = frozenset()
     """The parts of `params` that are not the original checkpoint's: all after full fine-tuning, the embedding and an
     untied head after `add_new_tokens`. What is saved takes them from here."""
+    last_run: LastRun | None = None
+    """What trained it, in this process: its model card says so."""
 
     def apply(self, params: Params, lora: Lora | None, tokens: jax.Array, **where: jax.Array) -> jax.Array:
         """Logits [B, T, V] in float32, as a pure function; `lora=None` is the base model. See `CausalLM.apply`."""
@@ -74,6 +93,7 @@ class LanguageModel(Exportable):
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         seed: int | None = None,
+        lora_request: LoraRequest | None = None,
     ) -> np.ndarray:
         """Prompts [B, P] -> ids [B, P + new], as transformers' `generate`: the prompt as it was given, then the new
         tokens, padded on the right.
@@ -88,7 +108,12 @@ class LanguageModel(Exportable):
                 an end.
             pad_token_id: What the ids are padded with; None is the tokenizer's.
             seed: Of the sampling; None samples anew at each call.
+            lora_request: What `load_lora` returned, to answer with that adapter; None answers with the model's own.
         """
+        causal_lm, lora = self.causal_lm, self.lora
+        if lora_request is not None:
+            self._require_own(lora_request)
+            causal_lm, lora = lora_request.causal_lm, lora_request.lora
         if isinstance(input_ids, Mapping):
             input_ids, attention_mask = input_ids["input_ids"], input_ids.get("attention_mask")
         rows = _rows(input_ids)
@@ -107,9 +132,9 @@ class LanguageModel(Exportable):
         if temperature != 1.0 and not do_sample:
             log.warning("generate: temperature=%s has no effect without do_sample=True.", temperature)
         new = generate(
-            self.causal_lm,
+            causal_lm,
             self.params,
-            self.lora,
+            lora,
             [row[mask > 0].tolist() for row, mask in zip(rows, masks, strict=True)],
             max_new_tokens=max_new_tokens,
             stop_ids=tuple(stops),
@@ -122,6 +147,30 @@ class LanguageModel(Exportable):
         pad = self._pad_id(stops) if pad_token_id is None else pad_token_id
         longest = max(map(len, whole))
         return np.stack([np.pad(row, (0, longest - len(row)), constant_values=pad) for row in whole])
+
+    @mirrors({"load_tensors": ANY, "lora_request_id": ANY})
+    def load_lora(self, save_directory: str | Path) -> LoraRequest:
+        """An adapter for this model, beside its own, from a PEFT folder.
+
+        Args:
+            save_directory: The folder, as `save_lora` or PEFT writes it, or an id on the hub.
+        """
+        folder = resolve(save_directory, cache_dir=self.cache_dir)
+        if not adapters.is_adapter(folder):
+            raise AdapterError(
+                f"{folder} holds no adapter.",
+                expected="a folder with adapter_config.json, as save_lora writes it.",
+                fix="Load a whole model with FastLanguageModel.from_pretrained.",
+            )
+        found = adapters.read_config(folder)
+        adapted = adapters.read_weights(found, dataclasses.replace(self.causal_lm, lora_config=None))
+        self._require_base_of(folder, adapted)
+        if found.base != self.name_or_path:
+            log.warning(
+                "The adapter in %s was trained on %s; here it is added to %s.",
+                folder, found.base, self.name_or_path,
+            )  # fmt: skip
+        return LoraRequest(str(save_directory), adapted.model, jax.tree.map(jnp.asarray, adapted.lora))
 
     def module_names(self, path: names.Path) -> list[str]:
         """The Hugging Face name of each repeat of a stacked module."""
@@ -148,6 +197,32 @@ class LanguageModel(Exportable):
         return (
             f"LanguageModel({self.name_or_path!r}, {c.num_layers} layers of width {c.hidden_size}, {adapter})"
         )
+
+    def _require_base_of(self, folder: Path, adapted: adapters.Adapted) -> None:
+        """That the weights here are those that the adapter is for: adapters may bring tables of more tokens, and one
+        that began as PiSSA's has taken its part out of the base."""
+        own, other = self.causal_lm.lora_config, adapted.model.lora_config
+        taken_out = [config for config in (own, other) if config and config.init_lora_weights == PISSA]
+        if unlike(adapted.tables, self.params) or adapted.model.config != self.causal_lm.config:
+            problem = "brings an embedding or a head of its own"
+        elif taken_out and not (own and other and other.continues(own)):
+            problem = "or the model's own adapter began as 'pissa', which changes the base"
+        else:
+            return
+        raise AdapterError(
+            f"The adapter in {folder} {problem}.",
+            expected="an adapter for the weights that this model has.",
+            fix="Load it with FastLanguageModel.from_pretrained, as a model of its own.",
+        )
+
+    def _require_own(self, request: Any) -> None:
+        is_one = isinstance(request, LoraRequest)
+        if not is_one or request.causal_lm.config != self.causal_lm.config:
+            raise OptionError(
+                f"lora_request is {'of another model' if is_one else f'a {type(request).__name__}'}.",
+                expected="what this model's load_lora returned.",
+                fix="Pass lora_request=model.load_lora(folder).",
+            )
 
     def _is_real(self, row: np.ndarray) -> np.ndarray:
         """The mask of a prompt that came without one: its padding is not part of it, unless that ends texts as well."""

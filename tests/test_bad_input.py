@@ -503,7 +503,7 @@ def test_an_adapter_of_ours_is_replaced_whole(adapted, adapter_folder):
     adapted.save_pretrained(adapter_folder)
     assert (adapter_folder / "adapter_model.safetensors").read_bytes() == before
     assert sorted(path.name for path in adapter_folder.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors"
+        "README.md", "adapter_config.json", "adapter_model.safetensors"
     ]  # fmt: skip
 
 

@@ -18,7 +18,13 @@ import jaxtune.options
 PACKAGE = Path(jaxtune.options.__file__).parent
 REQUIRED = object()
 """The default of an option that has none."""
-DOCUMENTED_IN = {"FastLanguageModel.get_peft_model": ("jaxtune.lora.config", "LoraConfig")}
+DOCUMENTED_IN = {
+    "FastLanguageModel.get_peft_model": ("jaxtune.lora.config", "LoraConfig"),
+    "Pushable.push_to_hub": ("jaxtune.export.hub", "Push"),
+    "Pushable.push_to_hub_ggml": ("jaxtune.export.hub", "Push"),
+    "Pushable.push_to_hub_gguf": ("jaxtune.export.hub", "Push"),
+    "Pushable.push_to_hub_merged": ("jaxtune.export.hub", "Push"),
+}
 """Where else a meaning may be found, by the option's name."""
 
 

@@ -31,7 +31,8 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-EARLIER = ("model*.safetensors", INDEX_FILE, GENERATION_FILE, *TOKENIZER_FILES, *PROCESSOR_FILES)
+EARLIER_WEIGHTS = ("model*.safetensors", INDEX_FILE)
+EARLIER = (*EARLIER_WEIGHTS, GENERATION_FILE, *TOKENIZER_FILES, *PROCESSOR_FILES)
 """What an earlier save may have left: its model.safetensors would win over a new index, its chat template over none."""
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

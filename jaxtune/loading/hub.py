@@ -40,7 +40,7 @@ def resolve(
             expected="A folder that holds config.json and safetensors, or a hub id such as 'org/name'.",
             fix=f"Pass the folder: {str(path.parent)!r}.",
         )
-    if isinstance(name_or_path, Path) or not _could_be_hub_id(name):
+    if isinstance(name_or_path, Path) or not could_be_hub_id(name):
         raise _no_such_folder(name, path)
     wanted = [form for form in WANTED if weights or form != WEIGHTS]
     folder = _download(name, revision, token, cache_dir, local_files_only, wanted)
@@ -49,7 +49,8 @@ def resolve(
     return folder
 
 
-def _could_be_hub_id(name: str) -> bool:
+def could_be_hub_id(name: str) -> bool:
+    """Whether it has the form of one."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -153,7 +154,7 @@ def _gated(repo: str) -> ModelNotFoundError:
     return ModelNotFoundError(
         f"The hub's {repo!r} is gated, and this account has not been granted access.",
         expected="A token of an account that its owners have let in.",
-        fix=f"Ask for access at {_endpoint()}/{repo}; then run `hf auth login`, set HF_TOKEN or pass token=.",
+        fix=f"Ask for access at {endpoint()}/{repo}; then run `hf auth login`, set HF_TOKEN or pass token=.",
     )
 
 
@@ -161,13 +162,13 @@ def _no_revision(repo: str, revision: str | None) -> ModelNotFoundError:
     return ModelNotFoundError(
         f"The hub's {repo!r} has no revision {revision or 'main'!r}.",
         expected="A branch, a tag or a full commit hash of that repository.",
-        fix=f"Look at {_endpoint()}/{repo}/tree/main, or leave `revision` out.",
+        fix=f"Look at {endpoint()}/{repo}/tree/main, or leave `revision` out.",
     )
 
 
 def _no_repository(repo: str) -> ModelNotFoundError:
     return ModelNotFoundError(
-        f"There is no folder {repo!r}, and the hub at {_endpoint()} has no such model that you may see.",
+        f"There is no folder {repo!r}, and the hub at {endpoint()} has no such model that you may see.",
         expected="An existing folder, or the id of a public model or of a private one that your token opens.",
         fix="Check the spelling; for a private model run `hf auth login`, set HF_TOKEN, or pass token=.",
     )
@@ -184,7 +185,7 @@ def _offline(repo: str, revision: str | None, by: str) -> ModelNotFoundError:
 
 def _refused(repo: str, status: int) -> ModelNotFoundError:
     return ModelNotFoundError(
-        f"The hub at {_endpoint()} refused access to {repo!r} (HTTP {status}).",
+        f"The hub at {endpoint()} refused access to {repo!r} (HTTP {status}).",
         expected="A valid token that may read this model.",
         fix="Run `hf auth login`, or correct HF_TOKEN or token=; a wrong one bars even from public models.",
     )
@@ -200,7 +201,7 @@ def _cache_unwritable(repo: str, cause: OSError) -> ModelNotFoundError:
 
 def _unreachable(repo: str, cause: BaseException) -> ModelNotFoundError:
     return ModelNotFoundError(
-        f"There is no folder {repo!r}, and the hub at {_endpoint()} gives no answer: {_one_line(cause)}.",
+        f"There is no folder {repo!r}, and the hub at {endpoint()} gives no answer: {one_line(cause)}.",
         expected="A folder, a model that has been downloaded before, or a hub that answers.",
         fix="Check the network, the proxy and HF_ENDPOINT, then try again.",
     )
@@ -208,18 +209,20 @@ def _unreachable(repo: str, cause: BaseException) -> ModelNotFoundError:
 
 def _broken_off(repo: str, cause: BaseException) -> ModelNotFoundError:
     return ModelNotFoundError(
-        f"{repo!r} could not be fetched whole from {_endpoint()}: {_one_line(cause)}.",
+        f"{repo!r} could not be fetched whole from {endpoint()}: {one_line(cause)}.",
         expected="Every file of the model; the files that arrived whole are kept, no partial one is.",
         fix="Check the network and HF_ENDPOINT, then try again: what has arrived is not fetched twice.",
     )
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
+    """Where the hub is: HF_ENDPOINT, or huggingface.co."""
     from huggingface_hub import constants
 
     return constants.ENDPOINT
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What a foreign error says first, without its full stop."""
     first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
     return f"{type(error).__name__}: {first_line}".removesuffix(".")

@@ -74,6 +74,7 @@ class GRPOTrainer(Trainer):
     `reward_funcs` is one function or several (see `rl.rewards`); `log_history` is every logged step's numbers."""
 
     config_type = GRPOConfig
+    method = "grpo"
     headline = ("reward", "loss")
     args: GRPOConfig
 

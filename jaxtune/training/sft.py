@@ -62,6 +62,7 @@ class SFTTrainer(Trainer):
     packs them if that is asked for. `log_history` is every logged step's numbers."""
 
     config_type = SFTConfig
+    method = "sft"
     args: SFTConfig
 
     def __init__(

@@ -8,6 +8,7 @@ import jax
 import optax
 
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
+from jaxtune.reporting.last_run import LastRun
 from jaxtune.training.optimizers import averaged
 from jaxtune.training.step import TrainState, init_state
 
@@ -23,6 +24,7 @@ class Trainable(Protocol):
     max_seq_length: int
     gradient_checkpointing: bool | str
     stop_ids: tuple[int, ...]
+    last_run: LastRun | None
 
     def save_pretrained(
         self, save_directory: str | Path, tokenizer: Any = None, *, verify: bool = True

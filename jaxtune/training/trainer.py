@@ -19,8 +19,10 @@ from jaxtune.loading.tokenizer import require_rows
 from jaxtune.log import get_logger, show
 from jaxtune.models.layer_loop import Remat
 from jaxtune.reporting import curves
+from jaxtune.reporting.last_run import LastRun
 from jaxtune.reporting.trackers import names_of, require_packages
 from jaxtune.training.callbacks import RunState, find_callback, require_callbacks
+from jaxtune.training.card_facts import facts_for_card
 from jaxtune.training.config import TrainingConfig
 from jaxtune.training.fitting import FittingStep
 from jaxtune.training.keeper import Keeper
@@ -54,6 +56,8 @@ class Trainer:
 
     config_type: ClassVar[type[SeeingConfig]]
     args: SeeingConfig
+    method: ClassVar[str]
+    """In one word, as the hub's tags have it."""
     headline: ClassVar[tuple[str, ...]] = ("loss",)
     """Of a step's numbers, those that the progress bar shows."""
 
@@ -139,10 +143,12 @@ class Trainer:
         )
         self.state, self.log_history = run.state, run.state.log_history
         self._run, self.keeper = run, keeper
+        self.model.last_run = None
         try:
             metrics = run.go(step, batches)
         finally:
             self._run = None
+        self.model.last_run = LastRun(self.method, facts_for_card(run))
         return TrainOutput(run.tally.steps, metrics["train_loss"], metrics)
 
     def _step_of(

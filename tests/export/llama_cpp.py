@@ -9,11 +9,16 @@ import xllamacpp
 
 
 class LlamaCpp:
-    """One loaded file. The cache is float32 and attention plain, so that what is compared is the file."""
+    """One loaded file, or with an adapter two. The cache is float32 and attention plain, so that what is compared is
+    the files."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, adapter: Path | None = None):
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
+        if adapter is not None:
+            added = xllamacpp.CommonAdapterLoraInfo()
+            added.path, added.scale = str(adapter), 1.0
+            params.lora_adapters = [added]
         params.n_ctx = 256
         params.warmup = False
         params.verbosity = 0

@@ -54,6 +54,7 @@ def on_device(monkeypatch):
         return encode_rows(rows, quantiser, row_bytes, importance, counted)
 
     monkeypatch.setattr(encoding, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(encoding, "SOONER_IN_NUMPY", set())
     monkeypatch.setattr(encoding.on_device, "encode_rows", counting)
     return left_over
 
@@ -79,6 +80,14 @@ def test_a_program_gives_numpy_s_bytes_with_an_importance(on_device, monkeypatch
     assert 0 < on_device[0] < len(rows) / 4
     monkeypatch.setattr(encoding, "ON_DEVICE", {})
     np.testing.assert_array_equal(found, encode(rows, type, "x", importance))
+
+
+def test_what_numpy_does_sooner_is_left_to_it(on_device, monkeypatch):
+    monkeypatch.setattr(encoding, "SOONER_IN_NUMPY", {TensorType.Q3_K})
+    encode(ROWS["normal"], TensorType.Q3_K, "x")
+    assert not on_device
+    encode(ROWS["normal"], TensorType.Q8_0, "x")
+    assert len(on_device) == 1
 
 
 @pytest.mark.parametrize("weights", IMPORTANCE)

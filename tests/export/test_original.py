@@ -302,6 +302,8 @@ def test_dequantised_on_request(tmp_path, caplog):
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     (file,) = model.save_pretrained_gguf(tmp_path / "model", quantization_method="f32", dequantize=True)
     assert file.name == "copy.F32.gguf"
+    cards = [(tmp_path / folder / "README.md").read_text() for folder in ("merged", "model_gguf", "original")]
+    assert ["made of the base's quantised ones" in card for card in cards] == [True, True, False]
 
 
 @pytest.mark.parametrize(

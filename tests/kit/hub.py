@@ -29,20 +29,21 @@ _HUB_VARIABLES = ("HF_", "HUGGING", "TRANSFORMERS_")
 
 
 @dataclass(frozen=True)
-class _Revision:
+class Revision:
     commit: str
     files: dict[str, bytes]
 
 
 @dataclass
-class _Repository:
-    revisions: dict[str, _Revision] = field(default_factory=dict)
+class Repository:
+    revisions: dict[str, Revision] = field(default_factory=dict)
     token: str | None = None
+    private: bool = False
     refusal: int | None = None
     breaking: set[str] = field(default_factory=set)
     broken: set[str] = field(default_factory=set)
 
-    def find(self, name: str) -> _Revision | None:
+    def find(self, name: str) -> Revision | None:
         """By branch or by commit."""
         by_commit = {revision.commit: revision for revision in self.revisions.values()}
         return self.revisions.get(name) or by_commit.get(name)
@@ -51,10 +52,10 @@ class _Repository:
 class FakeHub:
     """The server; it answers from entering the `with` block until leaving it."""
 
-    def __init__(self) -> None:
-        self.repositories: dict[str, _Repository] = {}
+    def __init__(self, handler: type["Handler"] | None = None) -> None:
+        self.repositories: dict[str, Repository] = {}
         self.requests: list[str] = []
-        handler = type("Handler", (_Handler,), {"hub": self})
+        handler = type("Handler", (handler or Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -70,7 +71,7 @@ class FakeHub:
         for name, content in files.items():
             digest.update(name.encode() + b"\0" + content)
         commit = digest.hexdigest()
-        self.repositories.setdefault(repo, _Repository()).revisions[revision] = _Revision(commit, files)
+        self.repositories.setdefault(repo, Repository()).revisions[revision] = Revision(commit, files)
         return commit
 
     def gate(self, repo: str, *, token: str) -> None:
@@ -108,7 +109,7 @@ class FakeHub:
         self._server.server_close()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     """One request: finds the repository that the path names, then the API call or the file."""
 
     hub: FakeHub
@@ -120,9 +121,9 @@ class _Handler(BaseHTTPRequestHandler):
         is_api = path.startswith("/api/models/")
         named = self._split(path.removeprefix("/api/models").strip("/"))
         if named is None:
-            self._fail(404, "RepoNotFound", "Repository not found")
+            self.fail(404, "RepoNotFound", "Repository not found")
         elif refusal := named[1].refusal:
-            self._fail(refusal, "", "Invalid credentials in Authorization header" if refusal == 401 else "")
+            self.fail(refusal, "", "Invalid credentials in Authorization header" if refusal == 401 else "")
         elif is_api:
             self._answer_api(*named)
         else:
@@ -133,55 +134,55 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         """Silent: `hub.requests` has it."""
 
-    def _split(self, path: str) -> tuple[str, _Repository, list[str]] | None:
+    def _split(self, path: str) -> tuple[str, Repository, list[str]] | None:
         """`org/name/rest/of%2Fpath` -> its id, the repository, and the rest in pieces."""
         for repo, repository in self.hub.repositories.items():
             if path == repo or path.startswith(repo + "/"):
                 return repo, repository, [unquote(piece) for piece in path[len(repo) :].split("/")[1:]]
         return None
 
-    def _answer_api(self, repo: str, repository: _Repository, pieces: list[str]) -> None:
+    def _answer_api(self, repo: str, repository: Repository, pieces: list[str]) -> None:
         if pieces == ["refs"]:
             branches = [
                 {"name": name, "ref": f"refs/heads/{name}", "targetCommit": revision.commit}
                 for name, revision in repository.revisions.items()
             ]
-            return self._send_json({"branches": branches, "tags": [], "converts": []})
+            return self.send_json({"branches": branches, "tags": [], "converts": []})
         revision = repository.find(pieces[1] if len(pieces) > 1 else "main")
         if revision is None:
-            return self._fail(404, "RevisionNotFound", f"Invalid rev id: {pieces[-1]}")
+            return self.fail(404, "RevisionNotFound", f"Invalid rev id: {pieces[-1]}")
         if pieces[:1] == ["tree"]:
-            return self._send_json(
+            return self.send_json(
                 [
                     {"type": "file", "path": name, "size": len(content), "oid": _etag(content)}
                     for name, content in revision.files.items()
                 ]
             )
-        return self._send_json(
+        return self.send_json(
             {
                 "id": repo,
                 "sha": revision.commit,
-                "private": False,
+                "private": repository.private,
                 "gated": "manual" if repository.token else False,
                 "siblings": [{"rfilename": name} for name in revision.files],
             }
         )
 
-    def _answer_file(self, repo: str, repository: _Repository, pieces: list[str]) -> None:
+    def _answer_file(self, repo: str, repository: Repository, pieces: list[str]) -> None:
         if pieces[:1] != ["resolve"] or len(pieces) < 3:
-            return self._fail(404, "EntryNotFound", "Entry not found")
+            return self.fail(404, "EntryNotFound", "Entry not found")
         revision, name = repository.find(pieces[1]), "/".join(pieces[2:])
         if revision is None:
-            return self._fail(404, "RevisionNotFound", f"Invalid rev id: {pieces[1]}")
+            return self.fail(404, "RevisionNotFound", f"Invalid rev id: {pieces[1]}")
         if repository.token and self.headers.get("Authorization") != f"Bearer {repository.token}":
-            return self._fail(401, "GatedRepo", f"Access to model {repo} is restricted.")
+            return self.fail(401, "GatedRepo", f"Access to model {repo} is restricted.")
         if name not in revision.files:
-            return self._fail(404, "EntryNotFound", "Entry not found")
+            return self.fail(404, "EntryNotFound", "Entry not found")
         if name in repository.broken:
-            return self._fail(503, "", "The hub is in trouble")
+            return self.fail(503, "", "The hub is in trouble")
         return self._send_file(repository, name, revision)
 
-    def _send_file(self, repository: _Repository, name: str, revision: _Revision) -> None:
+    def _send_file(self, repository: Repository, name: str, revision: Revision) -> None:
         content = revision.files[name]
         headers = {"ETag": f'"{_etag(content)}"', "X-Repo-Commit": revision.commit, "Accept-Ranges": "bytes"}
         status, part = 200, content
@@ -191,19 +192,19 @@ class _Handler(BaseHTTPRequestHandler):
             status = 206
             headers["Content-Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}"
         drops = self.command == "GET" and name in repository.breaking
-        self._send(status, part[: len(part) // 2] if drops else part, headers, length=len(part))
+        self.send(status, part[: len(part) // 2] if drops else part, headers, length=len(part))
         if drops:
             repository.broken.add(name)
             self.close_connection = True
 
-    def _send_json(self, answer: Any) -> None:
-        self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+    def send_json(self, answer: Any) -> None:
+        self.send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
-    def _fail(self, status: int, code: str, message: str) -> None:
+    def fail(self, status: int, code: str, message: str) -> None:
         body = json.dumps({"error": message}).encode()
-        self._send(status, body, {"X-Error-Code": code, "X-Error-Message": message})
+        self.send(status, body, {"X-Error-Code": code, "X-Error-Message": message})
 
-    def _send(self, status: int, body: bytes, headers: dict[str, str], length: int | None = None) -> None:
+    def send(self, status: int, body: bytes, headers: dict[str, str], length: int | None = None) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

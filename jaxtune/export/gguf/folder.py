@@ -21,7 +21,7 @@ from jaxtune.export.gguf.imatrix import Importance, for_tensor, read_imatrix
 from jaxtune.export.gguf.mixtures import MIXTURES
 from jaxtune.export.gguf.quants import encode
 from jaxtune.export.gguf.vocab import model_name, vocabulary
-from jaxtune.export.gguf.writer import TensorInfo, write_gguf
+from jaxtune.export.gguf.writer import QUANTIZATION_VERSION, TensorInfo, write_gguf
 from jaxtune.export.hf_folder import parse_size
 from jaxtune.export.merge import MergedCheckpoint, Trained
 from jaxtune.export.ollama import MODELFILE, modelfile, sampling_of
@@ -43,7 +43,6 @@ ALIASES = {
 AS_STORED = "not_quantized"
 """16 bits, of the kind that the checkpoint stores."""
 KNOWN = (*MIXTURES, *ALIASES, AS_STORED)
-_QUANTIZATION_VERSION = 2
 
 
 def save_gguf(
@@ -161,7 +160,7 @@ def _write(stage: Path, stem: str, model: _Model, method: str, limit: int | None
         "general.type": "model",
         "general.size_label": size_label(sum(map(math.prod, shapes.values()))),
         "general.file_type": np.uint32(MIXTURES[method].file_type),
-        "general.quantization_version": np.uint32(_QUANTIZATION_VERSION),
+        "general.quantization_version": np.uint32(QUANTIZATION_VERSION),
         **tensors.settings(architecture, config),
         **words,
     }

@@ -16,6 +16,9 @@ from jaxtune.export.gguf.quants.types import TensorType, nbytes
 ALIGNMENT = 32
 """Of every tensor, counted from the beginning of the data, and of that beginning itself."""
 
+QUANTIZATION_VERSION = 2
+"""Of the layout of blocks, as `general.quantization_version` says it."""
+
 MAGIC, VERSION = b"GGUF", 3
 BOOL, STRING, ARRAY = 7, 8, 9
 SCALARS: dict[np.dtype, int] = {

@@ -51,13 +51,26 @@ def sampling_of(folder: Path) -> dict[str, float]:
     return sampling
 
 
-def modelfile(gguf_file: str, tokenizer: "Tokenizer", sampling: Mapping[str, float] | None = None) -> str:
+def modelfile(
+    gguf_file: str,
+    tokenizer: "Tokenizer",
+    sampling: Mapping[str, float] | None = None,
+    adapter_file: str | None = None,
+) -> str:
     """The Modelfile for a GGUF beside it, whose name begins with the model's. It has a TEMPLATE if the tokenizer's chat
     template was made of an example, is one of our named ones, or prints the same as one; or if the tokenizer has none,
     and the model's name is known. Otherwise it has no TEMPLATE, and says so. `sampling` goes before what the makers of
-    the template's first models recommend."""
+    the template's first models recommend.
+
+    `adapter_file` is a GGUF of what is added to that model."""
     form, system = _form(gguf_file, tokenizer)
     lines = [f"FROM ./{gguf_file}"]
+    if adapter_file is not None:
+        lines = [
+            "# Put the base model beside this, or name one that Ollama has.",
+            *lines,
+            f"ADAPTER ./{adapter_file}",
+        ]
     if form.go and (value := _quoted(_with_tokens(form.go, tokenizer), "chat template")):
         lines.append(f"TEMPLATE {value}")
         if system and (value := _quoted(system, "system message")):

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 
 from jaxtune.errors import OptionError
@@ -42,7 +43,7 @@ def encode(
         return np.concatenate([encode(expert, type, name, columns) for expert, columns in experts])
     rows = array.reshape(-1, array.shape[-1])
     in_numpy = functools.partial(_in_numpy, type=type, name=name, importance=importance)
-    if type in ON_DEVICE and rows.size >= WORTH_COMPILING and on_device.is_fit(importance):
+    if _goes_to_the_device(rows, type, importance):
         # Without an importance no block knows its row: one program serves all sizes.
         rows = rows.reshape(-1, type.block) if importance is None else rows
         row_bytes = nbytes(rows.shape[1:], type)
@@ -51,6 +52,12 @@ def encode(
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
         parts = threads.map(lambda start: in_numpy(rows[start : start + step]), range(0, len(rows), step))
         return np.concatenate([*parts]).reshape(-1)
+
+
+def _goes_to_the_device(rows: np.ndarray, type: TensorType, importance: np.ndarray | None) -> bool:
+    if type not in ON_DEVICE or rows.size < WORTH_COMPILING or not on_device.is_fit(importance):
+        return False
+    return jax.default_backend() == "gpu" or importance is not None or type not in SOONER_IN_NUMPY
 
 
 def _in_numpy(rows: np.ndarray, type: TensorType, name: str, importance: np.ndarray | None) -> np.ndarray:
@@ -83,6 +90,8 @@ ON_DEVICE = {
     TensorType.Q6_K: k_quants.q6_k,
 }
 """Those whose arithmetic may be numpy's or JAX's."""
+SOONER_IN_NUMPY = {TensorType.Q3_K}
+"""On a CPU, without an importance: numpy leaves out the sub-blocks that are done."""
 
 _IN_NUMPY: dict[TensorType, Callable[..., np.ndarray]] = {
     **{type: functools.partial(quantiser, on=search) for type, quantiser in ON_DEVICE.items()},

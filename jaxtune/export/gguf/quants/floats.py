@@ -16,6 +16,6 @@ def f16(x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
 
 def bf16(x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
     rounded = x.astype(ml_dtypes.bfloat16)
-    if not np.isfinite(rounded).all():
+    if not np.isfinite(rounded.astype(np.float32)).all():  # numpy knows float32 better than bfloat16
         raise DoesNotFit
     return rounded.view(np.uint8)
