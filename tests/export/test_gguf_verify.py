@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxtune.errors import ExportError
+from jaxtune.export.gguf import adapter as gguf_adapter
 from jaxtune.export.gguf import folder as gguf_folder
 from jaxtune.export.gguf.quants import TensorType, decode, encode
 from jaxtune.export.gguf.writer import TensorInfo
@@ -162,18 +163,27 @@ def test_a_file_that_changed_after_it_was_written(adapted, tmp_path, monkeypatch
     adapted.save_gguf(tmp_path / "out", "q8_0", verify=False)
 
 
+def turned(array, *rest):
+    return encode(array[::-1] if array.ndim > 1 else array, *rest)
+
+
 @pytest.mark.parametrize("method", ["q8_0", "q4_0", "bf16"])
 def test_a_mistake_of_ours(adapted, tmp_path, monkeypatch, method):
     """Written as it was made, but made wrong: the checksum agrees, the values do not."""
-
-    def turned(array, *rest):
-        return encode(array[::-1] if array.ndim > 1 else array, *rest)
-
     monkeypatch.setattr(gguf_folder, "encode", turned)
     with pytest.raises(ExportError, match=r"of type \w+, is off by .* in row \d+") as caught:
         adapted.save_gguf(tmp_path / "out", method)
     assert "verify=False" in caught.value.fix
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter(adapted, tmp_path, monkeypatch):
+    adapted.model.save_pretrained_ggml(tmp_path / "right")
+    monkeypatch.setattr(gguf_adapter, "encode", turned)
+    with pytest.raises(ExportError, match=r"lora_[ab], of type F16, is off by"):
+        adapted.model.save_pretrained_ggml(tmp_path / "wrong")
+    assert [path.name for path in tmp_path.iterdir()] == ["right"]
+    adapted.model.save_pretrained_ggml(tmp_path / "wrong", verify=False)
 
 
 def test_bounds_in_the_docs():
