@@ -66,6 +66,10 @@ def copy(source: Path, target: Path) -> None:
             shutil.copyfileobj(reads, writes, 1 << 24)
 
 
+def merge(trained: Trained, tokenizer: Any, target: Path, *, verify: bool) -> None:
+    save_merged_16bit(target, trained, tokenizer=tokenizer, verify=verify)
+
+
 def by_llama_cpp(source: Path, target: Path, method: str, threads: int) -> None:
     import llama_cpp
 
@@ -104,7 +108,8 @@ def main():
         for cache, prepare in (("cold", drop_pages), ("warm", warm_pages)):
             for what, work in (
                 ("copy", lambda target: copy(base, target)),
-                ("merged_16bit", lambda target: save_merged_16bit(target, trained, tokenizer=tokenizer)),
+                ("merged_16bit", functools.partial(merge, trained, tokenizer, verify=False)),
+                ("merged_16bit, verified", functools.partial(merge, trained, tokenizer, verify=True)),
             ):
                 target = folder / what
                 prepare(base)
@@ -114,10 +119,13 @@ def main():
             save = functools.partial(
                 save_gguf, folder / "out", trained, tokenizer=tokenizer, name="m", quantization_method=method
             )
-            for run in ("first", "second")[
-                : 1 if method == "bf16" else 2
-            ]:  # which finds its programs compiled
-                measure(method, save, folder / "out_gguf" / f"m.{method.upper()}.gguf", cache="warm", run=run)
+            file = folder / "out_gguf" / f"m.{method.upper()}.gguf"
+            measure(
+                method, functools.partial(save, verify=False), file, cache="warm", programs="compiled now"
+            )
+            if method != "bf16":
+                measure(method, functools.partial(save, verify=False), file, cache="warm", programs="there")
+                measure(f"{method}, verified", save, file, cache="warm", programs="there")
         for method in args.methods if args.llama_cpp else ():
             source, target = folder / "out_gguf" / "m.BF16.gguf", folder / "theirs.gguf"
             threads = len(os.sched_getaffinity(0))
