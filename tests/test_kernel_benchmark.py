@@ -54,7 +54,7 @@ def test_tables_have_a_row_for_every_measurement(result: dict):
     assert text.count("### ") == len(kernels.OPS)
 
 
-@pytest.mark.parametrize("name", ["kernels", "kernels-attention"])
+@pytest.mark.parametrize("name", ["kernels", "kernels-attention", "kernels-attention-128"])
 def test_the_page_shows_what_is_recorded(name: str):
     recorded = kernels.tables(json.loads((harness.RESULTS / f"{name}.json").read_text()))
     page = kernels.PAGE.read_text()

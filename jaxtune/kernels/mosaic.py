@@ -3,7 +3,7 @@ and are imported only when they run, for Pallas takes a quarter of a second to i
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, vector
 
 __all__ = [
-    "Stream", "barriers", "begin_product", "computing_and_fetching", "fetch", "finished", "in_phases", "pass_by", "pl",
-    "plgpu", "take", "tiled", "with_sums", "zeros",
+    "Stream", "add_in_turn", "barriers", "begin_product", "computing_and_fetching", "fetch", "finished", "in_phases",
+    "in_roles", "pass_by", "pl", "plgpu", "take", "tiled", "turns", "with_sums", "zeros",
 ]  # fmt: skip
 
 
@@ -107,20 +107,41 @@ def zeros(*shape: int) -> jax.Array:
 
 
 def computing_and_fetching(
-    body: Any, warpgroups: int, grid: dict[str, int], out_type: Any, scratch_types: Any, interpret: bool
+    body: Any,
+    warpgroups: int,
+    grid: dict[str, int],
+    out_type: Any,
+    scratch_types: Any,
+    interpret: bool,
+    roles: int = 1,
 ) -> Any:
-    """A kernel whose blocks are so many warpgroups that compute, and behind them one that fetches."""
+    """A kernel whose blocks are so many warpgroups that compute, and behind them one that fetches, or has so many
+    `in_roles`."""
     return plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=scratch_types,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
-        num_threads=warpgroups + 1,
+        num_threads=warpgroups + (roles if interpret else 1),
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
+
+
+def in_roles(roles: list[Any], warpgroup: Any, *, interpret: bool) -> None:
+    """Each in a warp of the warpgroup behind those that compute. The interpreter, which runs out of threads when warps
+    are some too, has warpgroups for them, of which this is the n-th."""
+
+    def run(number: Any) -> None:
+        for i, role in enumerate(roles):
+            pl.when(number == i)(role)
+
+    if interpret:
+        run(warpgroup)
+    else:
+        plgpu.warp_map(run)
 
 
 def in_phases(step: Any, edges: Any, carry: Any = None) -> Any:
@@ -192,3 +213,29 @@ def fetch(count: Any, streams: list[tuple[Stream, Any]]) -> None:
     def _(i: jax.Array) -> None:
         for each in streams:
             refill(i, *each)
+
+
+def turns(*shape: int, interpret: bool) -> Any:
+    """Counters that all programs of a kernel share, from zero. (Under `vmap`, all of its calls would.)"""
+    return None if interpret else pl.get_global(plgpu.SemaphoreType.REGULAR(shape))
+
+
+def add_in_turn(pairs: list[Any], turns: Any, which: Any, before: Any, *, interpret: bool) -> None:
+    """Adds buffers to memory, in (buffer, memory) pairs, once so many programs have `before` this one, whose turns that
+    counter counts; the first writes. The interpreter has one program after the other, and no sums in memory."""
+    add = functools.partial(_add, pairs, interpret=interpret)
+    if turns is not None:
+        plgpu.semaphore_wait(turns.at[which], before, decrement=False, memory_scope="gpu")
+    pl.when(before == 0)(functools.partial(add, None))
+    pl.when(before > 0)(functools.partial(add, "add"))
+    if turns is not None:
+        plgpu.wait_smem_to_gmem(0)
+        plgpu.semaphore_signal(turns.at[which], memory_scope="gpu")
+
+
+def _add(pairs: list[Any], operation: Literal["add"] | None, interpret: bool) -> None:
+    for buffer, memory in pairs:
+        if interpret:
+            memory[...] = buffer[...] + (0 if operation is None else memory[...])
+        else:
+            plgpu.copy_smem_to_gmem(buffer, memory, reduction_op=operation)

@@ -78,8 +78,8 @@ def test_which_attention_is_taken_where_both_run(monkeypatch):
                   pieces_GM=pieces, scale=1.0, **form)  # fmt: skip
         return taken.pop()
 
-    assert asked(2048, 128) == asked(4096, 128) == asked(2048, 64) == asked(2048, 256) == "cudnn"
-    assert asked(4096, 96) == "ours"
+    assert asked(32768, 128) == asked(8192, 96) == asked(2048, 64) == asked(2048, 256) == "cudnn"
+    assert asked(4096, 96) == asked(2048, 128) == asked(16384, 128) == "ours"
     assert asked(16384, 128, parts=2) == asked(16384, 256, parts=2) == asked(16384, 64, window=100) == "ours"
     assert asked(16384, 256, window=100) == "cudnn"
 

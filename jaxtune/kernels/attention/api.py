@@ -13,7 +13,7 @@ from jaxtune.kernels.choice import Candidates, choose
 BLOCK = 512
 """Queries at a time on the XLA path: 4 rows x 4096 keys x 32 heads keep 1 GiB of float32 scores."""
 
-OURS_UP_TO = {96: 4096}
+OURS_UP_TO = {96: 4096, 128: 16384}
 """By the head's size, the longest row of one segment at which a step is faster with our kernels than with cuDNN's, as
 measured on an H100 (docs/kernels.md). They also are in packed rows, and with windows over heads of up to 128."""
 

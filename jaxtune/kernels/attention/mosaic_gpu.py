@@ -22,6 +22,7 @@ SIZES = (64, 96, 128, 256)
 
 
 class Form(NamedTuple):
+    rows: int
     scale: float
     softcap: float | None
     blocks: Blocks
@@ -39,7 +40,8 @@ class Seen(NamedTuple):
     forward: jax.Array
     of_queries: jax.Array
     of_keys: jax.Array
-    """Each kernel's edges: its blocks, for every warpgroup."""
+    """Each kernel's edges: its blocks, for every warpgroup. Where one finds all gradients, for every tile of keys, and
+    the first tile for every block of queries."""
 
 
 def why_not(q_BTHD: jax.Array, pieces_GM: jax.Array | None) -> str | None:
@@ -74,7 +76,7 @@ def attention(
         seen = see(segments_BT, window, size, packed)
     q, k, v = map(_whole_tiles, (q_BTHD, k_BTKD, v_BTKD))
     flat = lambda x: x.reshape(-1, *x.shape[2:])
-    form = Form(scale, softcap, blocks(size, packed), interpret)
+    form = Form(len(q_BTHD), scale, softcap, blocks(size, packed, window is not None), interpret)
     out, lse = _attend(flat(q), flat(k), flat(v), seen, form)
     lse_BHT = jnp.moveaxis(lse.reshape(-1, *q.shape[:2]), 1, 0)
     return out.reshape(q.shape)[:, :T], lse_BHT[:, :, :T]
@@ -82,13 +84,12 @@ def attention(
 
 def see(segments_BT: jax.Array, window: int | None, size: int, packed: bool = True) -> Seen:
     """For heads of this `size`."""
-    found, of = intervals(_whole_tiles(segments_BT), window), blocks(size, packed)
-    return Seen(
-        found.first,
-        found.blocks(QUERIES, of.forward[0]),
-        found.blocks(QUERIES, of.of_queries[0]),
-        found.blocks_by(KEYS, of.of_keys[0]),
-    )
+    found, of = intervals(_whole_tiles(segments_BT), window), blocks(size, packed, window is not None)
+    if of.at_once:
+        backward = found.blocks(QUERIES, TILE)[:, 0], found.blocks_by(TILE, QUERIES)
+    else:
+        backward = found.blocks(QUERIES, of.of_queries[0]), found.blocks_by(KEYS, of.of_keys[0])
+    return Seen(found.first, found.blocks(QUERIES, of.forward[0]), *backward)
 
 
 def _whole_tiles(x_BT: jax.Array) -> jax.Array:
@@ -114,13 +115,17 @@ def _forward(q, k, v, seen, form):
 
 
 def _backward(form, kept, gradients):
-    from jaxtune.kernels.attention import mosaic_backward
+    from jaxtune.kernels.attention import mosaic_backward, mosaic_gradients
 
     q, k, v, seen, out, log_sums = kept
     dout, dlse = gradients
     # The gradient of the denominators' logarithm is spread over the scores as the weights are.
     delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(axis=-1).T - dlse
     given, settings = (q, k, v, dout, log_sums, delta, seen.first), form.settings()
+    nothing = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), seen)
+    if form.blocks.at_once:
+        found = mosaic_gradients.gradients(*given, seen.of_queries, seen.of_keys, rows=form.rows, **settings)
+        return *found, nothing
     keys, stages = form.blocks.of_queries
     dq = mosaic_backward.gradient_of_queries(*given, seen.of_queries, **settings, keys=keys, stages=stages)
     queries, stages = form.blocks.of_keys
@@ -131,7 +136,7 @@ def _backward(form, kept, gradients):
         dk, dv = of_keys()
     else:  # registers hold one gradient at a time
         (dk,), (dv,) = of_keys(of_values=False), of_keys(of_keys=False)
-    return dq, dk, dv, jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), seen)
+    return dq, dk, dv, nothing
 
 
 _attend.defvjp(_forward, _backward)
