@@ -59,6 +59,11 @@ _MERGES: dict[str, Callable[..., None]] = {
     **{scheme: functools.partial(save_compressed, scheme=scheme) for scheme in SCHEMES},
     "fp8": functools.partial(save_compressed, scheme="fp8_dynamic"),
 }
+NEEDS = {
+    **dict.fromkeys(("merged_4bit", "merged_4bit_forced"), "bitsandbytes"),
+    **dict.fromkeys((*SCHEMES, "fp8"), "compressed-tensors"),
+}
+"""What transformers asks for, to load what some of these write."""
 SAVE_METHODS = (*_MERGES, "lora")
 """Of save_pretrained_merged."""
 Names = Sequence[str] | str | None
@@ -130,7 +135,7 @@ class Exportable:
 
         Args:
             save_directory: The folder.
-            tokenizer: What is saved with it; None saves none.
+            tokenizer: What is saved with it; None copies the original's files.
             save_method: "merged_16bit"; "merged_4bit", which quantises the merge as a bitsandbytes checkpoint (as
                 "merged_4bit_forced" does); "fp8_dynamic" ("fp8"), "w8a16" or "w4a16", which quantise it as a
                 compressed-tensors checkpoint, for vLLM; or "lora", which writes the adapter alone.
@@ -186,8 +191,8 @@ class Exportable:
             tokenizer: Whose vocabulary and template the file has; None is the one loaded with the model.
             quantization_method: One of llama.cpp's ("q4_k_m", "q8_0", "f16", ...: docs/export.md), or several;
                 "fast_quantized" is q8_0.
-            imatrix_file: What llama-imatrix measured with the model; methods of few bits need it, and all others lose
-                less with it.
+            imatrix_file: What save_imatrix or llama-imatrix measured with the model; methods of few bits need it, and
+                all others lose less with it.
             max_shard_size: The most that one file holds, such as "20GB"; None is one file for each method, which is
                 what Ollama reads.
             token: The hub's, to push, and to fetch original weights that are gated.
@@ -311,6 +316,7 @@ class Exportable:
         made_from = {} if self.own_parts else record(Base(base, self.name_or_path, self.revision))
 
         def write(folder: Path, name: str) -> list[Path]:
+            card.refuse_foreign_model(folder)
             save_bnb(
                 folder,
                 base,
@@ -320,7 +326,7 @@ class Exportable:
                 record=made_from,
                 verify=verify,
             )
-            self._card(card.MODEL, name, tags, datasets).write(folder)
+            self._card(card.MODEL, name, tags, datasets)._replace(needs="bitsandbytes").write(folder)
             return [folder / CONFIG_FILE]
 
         return Output(write, beside=peft_format.CONFIG_FILE, replaces=EARLIER_WEIGHTS)
@@ -343,6 +349,7 @@ class Exportable:
                     expected="a model with an adapter: this one is trained whole.",
                     fix="Leave save_method out.",
                 )
+            self._adapter()
             return self._as_it_is(tokenizer, tags, datasets, verify=verify)
         if save_method not in _MERGES:
             raise OptionError(
@@ -354,11 +361,13 @@ class Exportable:
         trained, saved_tokenizer = self._trained(*original), self._saved_tokenizer(tokenizer)
 
         def write(folder: Path, name: str) -> list[Path]:
+            card.refuse_foreign_model(folder)
             _MERGES[save_method](
                 folder, trained, tokenizer=saved_tokenizer, max_shard_size=max_shard_size, verify=verify
             )
             made = self._card(card.MODEL, name, tags, datasets)
-            made._replace(is_dequantized=trained.dequantize).write(folder)
+            needs = NEEDS.get(save_method)
+            made._replace(is_dequantized=trained.dequantize, needs=needs).write(folder)
             return [folder / CONFIG_FILE]
 
         return Output(write, beside=peft_format.CONFIG_FILE, replaces=EARLIER_WEIGHTS)
@@ -387,6 +396,7 @@ class Exportable:
         trained = self._trained(*original)
 
         def write(folder: Path, name: str) -> list[Path]:
+            card.refuse_foreign_model(Path(f"{folder}_gguf"))
             files = save_gguf(
                 folder,
                 trained,
@@ -426,7 +436,8 @@ class Exportable:
                 quantization_method=quantization_method,
                 verify=verify,
             )
-            self._card(card.GGUF_ADAPTER, name, tags, datasets, [file]).write(folder)
+            if not (folder / peft_format.CONFIG_FILE).is_file():  # whose card says more
+                self._card(card.GGUF_ADAPTER, name, tags, datasets, [file]).write(folder)
             return [file]
 
         return Output(write)

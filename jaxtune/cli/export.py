@@ -39,7 +39,7 @@ def export(
         to: What it becomes: gguf, or a save_method of save_pretrained_merged; --list names them.
         output_dir: The folder; of GGUF, its name without the _gguf that it ends with. Left out, the model's name.
         quantization_method: Of GGUF, one or several; --list names them. Left out, q8_0.
-        imatrix_file: Of GGUF: what llama-imatrix measured with the model.
+        imatrix_file: Of GGUF: what save_imatrix or llama-imatrix measured with the model.
         max_shard_size: The most that one file holds, such as 5GB.
         base_model: The hub id or the folder of the base, in place of the one that the adapter names.
         original_model: What a base that is quantised itself was made from, an id or a folder; left out, it is found.
@@ -82,9 +82,12 @@ def export(
             verify=verify,
         )
         uses = {file.name: f"for llama.cpp: llama-cli -m {file.name}" for file in files}
-        report.files(
-            files[0].parent, uses | {"Modelfile": f"for Ollama, there: ollama create {name.lower()}"}
-        )
+        if max_shard_size is None:
+            uses["Modelfile"] = f"for Ollama, there: ollama create {name.lower()}"
+        else:
+            uses = {file.name: "for llama.cpp, which is given the first" for file in files}
+            uses["Modelfile"] = "for Ollama, once the files are one: it says how"
+        report.files(files[0].parent, uses)
     else:
         found.save_pretrained_merged(
             folder,
@@ -97,9 +100,19 @@ def export(
             verify=verify,
         )
         report.files(
-            folder.parent, {folder.name: "for transformers, vLLM, FastLanguageModel.from_pretrained"}
+            folder.parent, {folder.name: f"for {_READERS.get(to, 'transformers, vLLM and jaxtune')}"}
         )
     return 0
+
+
+_READERS = {
+    "lora": "PEFT, vLLM and jaxtune",
+    **dict.fromkeys(("w8a16", "w4a16"), "vLLM, and transformers with compressed-tensors"),
+    **dict.fromkeys(("fp8", "fp8_dynamic"), "vLLM, jaxtune, and transformers with compressed-tensors"),
+    **dict.fromkeys(
+        ("merged_4bit", "merged_4bit_forced"), "vLLM, jaxtune, and transformers with bitsandbytes"
+    ),
+}
 
 
 def _require(to: str, quantization_method: tuple[str, ...], imatrix_file: Path | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from jaxtune.errors import OutputFolderError
 from jaxtune.folders import cannot_write
 from jaxtune.loading.hub import could_be_hub_id
 from jaxtune.lora.config import LoraConfig
@@ -19,6 +20,7 @@ from jaxtune.version import __version__
 
 CARD_FILE = "README.md"
 OURS = "<!-- Written by jaxtune when it saved this model. Without this line, it leaves the card alone. -->"
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.gguf")
 _HEAD = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
 
 
@@ -70,6 +72,8 @@ class Card(NamedTuple):
     """Whether it is anything but its base."""
     is_dequantized: bool = False
     """Whether the base's quantised weights stand in for its original ones."""
+    needs: str | None = None
+    """What else has to be installed to load it."""
     files: Sequence[str] = ()
     """Of GGUF."""
     tags: Sequence[str] = ()
@@ -132,7 +136,8 @@ class Card(NamedTuple):
     def _usage(self) -> str:
         file = self.files[0] if self.files else None
         code = self.form.code.format(name=self.name, file=file, title=self._title.lower())
-        return f"## Use\n\n```{self.form.language}\n{code}```"
+        needs = f"It takes `pip install {self.needs}`.\n\n" if self.needs else ""
+        return f"## Use\n\n{needs}```{self.form.language}\n{code}```"
 
     def _training(self) -> Iterator[str]:
         facts = {**(adapter_facts(self.lora) if self.lora else {}), **(self.run.facts if self.run else {})}
@@ -163,6 +168,19 @@ def adapter_facts(config: LoraConfig) -> dict[str, str]:
 def is_ours(card: Path) -> bool:
     """Whether we wrote this card."""
     return OURS in card.read_text(encoding="utf-8", errors="replace")
+
+
+def refuse_foreign_model(folder: Path) -> None:
+    """Raises if the folder holds weights, and no card of ours beside them: gigabytes that may be somebody else's."""
+    weights = next((file for kind in _WEIGHTS for file in sorted(folder.glob(kind))), None)
+    card = folder / CARD_FILE
+    if weights is None or (card.is_file() and is_ours(card)):
+        return
+    raise OutputFolderError(
+        f"{folder} holds a model ({weights.name}), and no {CARD_FILE} that says that jaxtune wrote it.",
+        expected="a new or empty folder, or one of ours.",
+        fix="Choose another folder, or delete this one first.",
+    )
 
 
 def _pairs(pattern: Sequence[tuple[str, float]]) -> str:

@@ -98,7 +98,9 @@ def require_quantized(base: Base) -> None:
 def record(base: Base) -> dict[str, Any]:
     """What a quantised copy of `base` says of its original."""
     revision = base.revision or (base.folder.name if base.folder.parent.name == "snapshots" else None)
-    return {RECORD: {"name_or_path": base.name, "revision": revision}}
+    local = Path(base.name).expanduser()
+    name = str(local.resolve()) if local.is_dir() else base.name  # from wherever the copy is loaded
+    return {RECORD: {"name_or_path": name, "revision": revision}}
 
 
 def record_of(trained: Trained) -> dict[str, Any]:

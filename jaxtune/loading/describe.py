@@ -101,7 +101,8 @@ def _named(name: str | Path, find: Find, revision: str | None, base_model: str |
         adapter = adapters.read_config(folder)
         if base_model is not None:
             adapter = adapter._replace(base=str(base_model), revision=None)
-        return _Named(adapter.base, adapter.revision, _find_base(adapter, find), adapter)
+        base = _find_base(adapter, find, given=base_model is not None)
+        return _Named(adapter.base, adapter.revision, base, adapter)
     if base_model is not None:
         raise OptionError(
             f"base_model={str(base_model)!r}, and {folder} is no adapter.",
@@ -111,10 +112,13 @@ def _named(name: str | Path, find: Find, revision: str | None, base_model: str |
     return _Named(str(name), revision, folder, None)
 
 
-def _find_base(adapter: adapters.AdapterFolder, find: Find) -> Path:
+def _find_base(adapter: adapters.AdapterFolder, find: Find, given: bool = False) -> Path:
+    """`given` says whether the caller named the base."""
     try:
         return find(adapter.base, revision=adapter.revision)
     except ModelNotFoundError as error:
+        if given:
+            raise
         raise ModelNotFoundError(
             f"{adapter.folder / 'adapter_config.json'} names {adapter.base!r} as its base model. {error.found}",
             expected=error.expected,

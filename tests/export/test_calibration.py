@@ -78,6 +78,14 @@ def test_contexts_begin_as_a_text_does(tmp_path):
     assert len(contexts) == len(ids) // (32 - len(start))
 
 
+@pytest.mark.parametrize(
+    ("texts", "found"), [([], "There is no text"), (None, "There is no text"), ([{"a": 1}], "hold a dict")]
+)
+def test_what_is_no_text(texts, found):
+    with pytest.raises(errors.DatasetError, match=found):
+        contexts_of(texts, models.fresh_tokenizer(), 32)
+
+
 def test_too_little_text(tmp_path):
     with pytest.raises(errors.DatasetError, match="The text has 1 token"):
         contexts_of("a", models.fresh_tokenizer(), 512)

@@ -99,6 +99,20 @@ def test_what_was_not_trained():
     assert "fine-tuned" not in str(Card(card.GGUF, "me/same", BASE, is_trained=False))
 
 
+def test_what_else_has_to_be_installed():
+    made = Card(card.MODEL, "me/tuned", BASE)
+    assert "It takes `pip install bitsandbytes`." in str(made._replace(needs="bitsandbytes"))
+    assert "pip install" not in str(made)
+
+
+def test_an_adapter_s_card_stays_when_a_gguf_comes_beside_it(tmp_path):
+    adapted = Adapted(tmp_path)
+    adapted.model.save_pretrained_ggml(tmp_path / "adapter")
+    assert head_of((tmp_path / "adapter" / CARD_FILE).read_text())["library_name"] == "peft"
+    adapted.model.save_pretrained_ggml(tmp_path / "alone")
+    assert head_of((tmp_path / "alone" / CARD_FILE).read_text())["library_name"] == "gguf"
+
+
 def test_a_card_of_somebody_else_s_stays(tmp_path):
     Card(card.MODEL, "one", BASE).write(tmp_path)
     Card(card.MODEL, "two", BASE).write(tmp_path)

@@ -13,6 +13,7 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 from jaxtune import errors
+from jaxtune.export import card
 from jaxtune.export.compressed_folder import save_compressed
 from jaxtune.loading.checkpoint import Checkpoint
 from tests.export.adapted import Adapted
@@ -82,6 +83,30 @@ def test_somebody_elses_folder(adapted, tmp_path, how):
         SAVERS[how](adapted, tmp_path)
     assert list(contents(tmp_path / FOLDERS[how])) == ["thesis.tex"]
     assert [path.name for path in tmp_path.iterdir()] == [FOLDERS[how]]
+
+
+@pytest.mark.parametrize("how", ["merged", "packed", "gguf"])
+def test_somebody_elses_model(adapted, tmp_path, how):
+    """A config.json or a Modelfile does not make it ours; our card does."""
+    folder = tmp_path / ("out_gguf" if how == "gguf" else "out")
+    folder.mkdir()
+    weights = folder / ("theirs.gguf" if how == "gguf" else "model-00001-of-00002.safetensors")
+    for file in (weights, folder / "config.json", folder / "Modelfile", folder / "README.md"):
+        file.write_text("{}")
+    options = {"save_method": "merged_4bit"} if how == "packed" else {}
+    save = adapted.model.save_pretrained_gguf if how == "gguf" else adapted.model.save_pretrained_merged
+    with fails(errors.OutputFolderError, f"{folder} holds a model ({weights.name})", "Choose another folder"):
+        save(tmp_path / "out", **options)
+    assert weights.read_text() == "{}" and len(list(folder.iterdir())) == 4
+    (folder / "README.md").write_text(card.OURS)
+    save(tmp_path / "out", **options)
+
+
+def test_an_adapter_alone_of_a_model_without_one(tmp_path):
+    model = Adapted(tmp_path, adapter=False).model
+    with fails(errors.AdapterError, "The model has no adapter", "save_pretrained_merged"):
+        model.save_pretrained_merged(tmp_path / "out", save_method="lora")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_base_is_not_overwritten(adapted):

@@ -19,10 +19,13 @@ from jaxtune.export.gguf import tensors
 from jaxtune.export.gguf.quants import TensorType
 from jaxtune.export.gguf.writer import TensorInfo, write_gguf
 from jaxtune.folders import named
+from jaxtune.log import counted, get_logger
 from jaxtune.lora.config import LoraConfig
 from jaxtune.lora.tree import insert, linears
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.progress import progress_bar
+
+log = get_logger(__name__)
 
 AT_ONCE = 4096
 """Tokens of one call."""
@@ -41,6 +44,7 @@ def save_imatrix(
     """Writes what goes into every linear of the layers, with the adapter as it is."""
     contexts = contexts_of(texts, tokenizer, context)
     sums = measure(model, params, lora, contexts)
+    log.info("Measured %s of %d tokens, for %s.", counted(len(contexts), "context"), context, file)
     of_hf = {hf: gguf for gguf, hf in tensors.gguf_names(model.config, sums, file).items()}
     arrays = {}
     for name, of_columns in sums.items():
@@ -65,18 +69,27 @@ def save_imatrix(
 
 def contexts_of(texts: str | Iterable[str], tokenizer: Any, context: int) -> np.ndarray:
     """int32 [contexts, context]"""
-    texts = [texts] if isinstance(texts, str) else list(texts)
+    texts = [texts] if isinstance(texts, str) else list(texts or ())
+    if not texts or not all(isinstance(text, str) for text in texts):
+        found = type(next((text for text in texts if not isinstance(text, str)), None)).__name__
+        raise DatasetError(
+            "There is no text." if not texts else f"The texts hold a {found}.",
+            expected="a string, or several: conversations as the chat template prints them, or any other text.",
+            fix="Pass such as the model will see, some tens of thousands of tokens in all.",
+        )
     if context < 2:
         raise OptionError(f"context={context}.", expected="some hundred tokens.", fix="Leave it out for 512.")
     start = list(tokenizer("").input_ids)
     start = start[:-1] if start and start[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id else start
-    plain = tokenizer(texts, add_special_tokens=False).input_ids
+    plain = tokenizer(
+        texts, add_special_tokens=False, verbose=False
+    ).input_ids  # however long: it is cut here
     tokens = np.asarray([token for text in plain for token in text], np.int32)
     length = context - len(start)
     count = len(tokens) // length
     if not count:
         raise DatasetError(
-            f"The text has {len(tokens)} tokens.",
+            f"The text has {counted(len(tokens), 'token')}.",
             expected=f"some contexts of {context} each: a hundred of 512 is what is often taken.",
             fix="Give more text, or a smaller context.",
         )

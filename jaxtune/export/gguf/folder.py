@@ -122,7 +122,7 @@ def check_methods(given: str | Sequence[str] | None, imatrix_file: str | Path | 
             raise OptionError(
                 f"quantization_method={method!r} without an importance matrix.",
                 expected="an imatrix_file: this few bits are worth nothing unless they go to the columns that matter.",
-                fix="Give what llama-imatrix measured with this model, or take q2_k, q3_k_s or iq4_xs.",
+                fix="Give what save_imatrix or llama-imatrix measured with this model, or take q2_k, q3_k_s or iq4_xs.",
             )
     return methods
 

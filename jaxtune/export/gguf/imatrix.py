@@ -32,7 +32,7 @@ def read_imatrix(path: str | Path) -> Importance:
         why = error.found if isinstance(error, CheckpointError) else error
         raise CheckpointError(
             f"imatrix_file={str(path)!r} is not an importance matrix: {why}",
-            expected="a file that llama-imatrix wrote, GGUF or .dat.",
+            expected="a file that save_imatrix or llama-imatrix wrote, GGUF or .dat.",
             fix="Give the path of such a file, or leave imatrix_file out.",
         ) from error
 

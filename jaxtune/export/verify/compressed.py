@@ -32,8 +32,8 @@ def verify_compressed(folder: Path, bits: int, linears: Sequence[str], merged: T
                 )
             furthest = max(furthest, (share, name))
     log.info(
-        "%s, read back, are off by at most %.0f%% of what their bits allow (%s).",
-        counted(len(linears), "linear"), 100 * furthest[0], furthest[1],
+        "%s, read back: the nearest codes to the merged weights: off by at most %.2g of a half step (%s).",
+        counted(len(linears), "linear"), *furthest,
     )  # fmt: skip
 
 

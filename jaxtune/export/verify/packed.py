@@ -46,9 +46,8 @@ def verify_packed(
     log.info("%s, read back: the packed arrays that were written.", counted(count, "weight"))
     if quantised_from is not None:
         log.info(
-            "Their values are off by at most %.0f%% of what 4 bits allow (%s).",
-            100 * furthest[0],
-            furthest[1],
+            "Their values are as near to the merged ones as 4 bits allow: at most %.2g of the bound (%s).",
+            *furthest,
         )
 
 

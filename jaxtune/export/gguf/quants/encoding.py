@@ -36,7 +36,7 @@ def encode(
         raise OptionError(
             f"{name} is to become {type.name}, and has no importance.",
             expected=f"an importance matrix that has {name}.",
-            fix="Give as imatrix_file what llama-imatrix measured with this model, or take a larger type.",
+            fix="Give what save_imatrix or llama-imatrix measured with this model, or take a larger type.",
         )
     if importance is not None and importance.ndim == 2:
         experts = zip(array, importance, strict=True)
