@@ -3,11 +3,13 @@
 On a GPU: `JAX_PLATFORMS=cuda pytest -m gpu`.
 """
 
+import gc
 import logging
 import os
 import secrets
 import shutil
 import tempfile
+from pathlib import Path
 
 # All of these are read once, when jax, torch or huggingface_hub is imported, and are inherited by the processes that
 # tests start.
@@ -63,6 +65,17 @@ def _logging_as_users_find_it():
     logger = logging.getLogger("jaxtune")
     logger.setLevel(logging.NOTSET)
     logger.handlers.clear()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs():
+    """Every compiled program takes some of the memory mappings that Linux lets a process have, 65,530: a worker that
+    keeps them all is aborted. What is needed again lies in the folder of compiled programs."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_unconfigure() -> None:
