@@ -21,7 +21,7 @@ from jaxtune.export.gguf.writer import TensorInfo, write_gguf
 from jaxtune.folders import named
 from jaxtune.log import counted, get_logger
 from jaxtune.lora.config import LoraConfig
-from jaxtune.lora.tree import insert, linears
+from jaxtune.lora.tree import at, insert, linears
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.progress import progress_bar
 
@@ -81,9 +81,8 @@ def contexts_of(texts: str | Iterable[str], tokenizer: Any, context: int) -> np.
         raise OptionError(f"context={context}.", expected="some hundred tokens.", fix="Leave it out for 512.")
     start = list(tokenizer("").input_ids)
     start = start[:-1] if start and start[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id else start
-    plain = tokenizer(
-        texts, add_special_tokens=False, verbose=False
-    ).input_ids  # however long: it is cut here
+    # Not verbose, which would warn of texts longer than the model takes: they are cut here.
+    plain = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
     tokens = np.asarray([token for text in plain for token in text], np.int32)
     length = context - len(start)
     count = len(tokens) // length
@@ -107,8 +106,7 @@ def measure(
     for start in progress_bar(range(0, len(contexts), rows), desc="importance", unit="batch", leave=False):
         found = _sums(model, params, lora, jnp.asarray(contexts[start : start + rows]))
         for path, _ in linears(model.skeleton):
-            of_layers = np.asarray(functools.reduce(lambda tree, name: tree[name], path, found), np.float64)
-            totals[path] = totals.get(path, 0) + of_layers
+            totals[path] = totals.get(path, 0) + np.asarray(at(found, path), np.float64)
     return dict(_by_name(model, totals))
 
 
@@ -127,8 +125,7 @@ def _sums(model: CausalLM, params: Params, lora: Lora | None, tokens_BT: jax.Arr
     def output(squares: Lora) -> jax.Array:
         watching = jax.tree.map(lambda leaf: leaf, lora or {})
         for path, _ in linears(model.skeleton):
-            leaf = functools.reduce(lambda tree, name: tree[name], path, squares)
-            insert(watching, (*path, "squares"), leaf)
+            insert(watching, (*path, "squares"), at(squares, path))
         return model.hidden(params, watching, tokens_BT)[0].sum(dtype=jnp.float32)
 
     return jax.grad(output)(squares)

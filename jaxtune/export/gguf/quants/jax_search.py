@@ -25,7 +25,7 @@ LEAST, MOST = np.float32(1e-7), np.float32(1e4)
 smallest normal number, and scales that float16 can hold."""
 LEAST_WEIGHTED, LEAST_IN_32 = np.float32(1e-6), np.float32(1e-4)
 """The same when columns have an importance of 0 or within `IMPORTANCES`; and what one of 32 values must be at least."""
-IMPORTANCES = 1e-6, 1e5
+IMPORTANCES = 1e-5, 1e5
 _MAGIC = np.float32(12582912)
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.export.gguf.quants.jax_search import JaxSearch
+from jaxtune.export.gguf.quants.jax_search import IMPORTANCES, JaxSearch
 
 Quantiser = Callable[[Any, Any, Any], Any]
 """(numbers [rows, columns], importance, the arithmetic) -> bytes, block after block."""
@@ -23,9 +23,10 @@ _IN_FLIGHT = 3
 
 def is_fit(importance: np.ndarray | None) -> bool:
     """Whether no product with it may vanish."""
-    return importance is None or bool(
-        ((importance == 0) | ((importance >= 1e-5) & (importance <= 1e5))).all()
-    )
+    if importance is None:
+        return True
+    least, most = IMPORTANCES
+    return bool(((importance == 0) | ((importance >= least) & (importance <= most))).all())
 
 
 def encode_rows(
