@@ -162,17 +162,21 @@ class MergedCheckpoint:
 
     def read(self, name: str) -> np.ndarray:
         """The merged tensor: a view into the file where nothing is changed."""
-        origin, dtype = self.origin(name), self.dtype(name)
-        if name not in self.changes and origin not in self.own:
-            return self.checkpoint.read(origin)
-        change, own = self.changes.get(name), self.own.get(origin)
+        change, dtype = self.changes.get(name), self.dtype(name)
+        if change is None and self.origin(name) not in self.own:
+            return self.base(name)
         if isinstance(change, np.ndarray):
             return _rounded(name, change, dtype)
-        weight = self.checkpoint.read(origin) if own is None else np.asarray(own.fetch())
+        weight = self.base(name)
         if change is None:
             return _rounded(name, weight, dtype)
         with np.errstate(over="ignore", invalid="ignore"):  # reported with the tensor's name
             return change.added_to(change.start(weight), dtype, name)
+
+    def base(self, name: str) -> np.ndarray:
+        """The tensor without the adapter: the model's own, or the checkpoint's."""
+        own = self.own.get(self.origin(name))
+        return self.checkpoint.read(self.origin(name)) if own is None else np.asarray(own.fetch())
 
     def origin(self, name: str) -> str:
         """The tensor of the checkpoint that this one is made of: of a tied head, the embedding."""

@@ -107,8 +107,7 @@ def _exactly() -> Iterator[None]:
 
 def _of_base(merged: MergedCheckpoint, name: str) -> np.ndarray:
     """A weight as the adapter is added to it."""
-    own, change = merged.own.get(name), merged.changes.get(name)
-    weight = merged.checkpoint.read(name) if own is None else np.asarray(own.fetch())
+    change, weight = merged.changes.get(name), merged.base(name)
     return change.start(weight) if isinstance(change, Update) else weight
 
 
