@@ -32,8 +32,9 @@ def of_peft(made, tmp_path_factory):
     torch.manual_seed(0)
     settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(base, settings)
-    adapted.save_pretrained(tmp_path_factory.mktemp("peft"))
-    return tmp_path_factory.getbasetemp() / "peft0", torch_logits(adapted)
+    folder = tmp_path_factory.mktemp("peft")
+    adapted.save_pretrained(folder)
+    return folder, torch_logits(adapted)
 
 
 @pytest.fixture(autouse=True)
