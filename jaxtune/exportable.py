@@ -1,38 +1,13 @@
 """What a model can be saved as: an adapter, a merged folder, GGUF. The methods of LanguageModel that write."""
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
-from jaxtune.errors import AdapterError, ModelNotFoundError, OptionError, nearest
-from jaxtune.export import card
-from jaxtune.export.adapter import save_adapter
-from jaxtune.export.bnb_folder import save_bnb
-from jaxtune.export.card import Card
-from jaxtune.export.compressed_folder import SCHEMES, save_compressed
-from jaxtune.export.gguf.adapter import save_adapter_gguf
 from jaxtune.export.gguf.calibration import save_imatrix
-from jaxtune.export.gguf.folder import check_methods, save_gguf
-from jaxtune.export.hf_folder import EARLIER_WEIGHTS, parse_size
-from jaxtune.export.hub import Output, save
-from jaxtune.export.merge import Trained
-from jaxtune.export.merged_4bit import save_merged_4bit
-from jaxtune.export.merged_folder import save_merged_16bit
-from jaxtune.export.original import Base, original_of, record, require_quantized
-from jaxtune.export.weights import own_weights
-from jaxtune.loading.config import CONFIG_FILE
-from jaxtune.loading.hub import resolve
-from jaxtune.loading.tokenizer import require_rows
-from jaxtune.lora import peft_format
-from jaxtune.lora.config import EMBEDDING, LoraConfig
-from jaxtune.models.causal_lm import CausalLM, Lora, Params
+from jaxtune.export.hub import save
 from jaxtune.options import ANY, mirrors
-from jaxtune.quant import PackedArray
-from jaxtune.reporting.last_run import LastRun
+from jaxtune.outputs import Names, Outputs, Saved
 
 ADAPTER_WITHOUT_EFFECT = {"safe_serialization": (True, None), "is_main_process": True}
 MERGE_WITHOUT_EFFECT = {
@@ -52,36 +27,8 @@ GGUF_WITHOUT_EFFECT = {
 }
 
 
-_MERGES: dict[str, Callable[..., None]] = {
-    "merged_16bit": save_merged_16bit,
-    "merged_4bit": save_merged_4bit,
-    "merged_4bit_forced": save_merged_4bit,
-    **{scheme: functools.partial(save_compressed, scheme=scheme) for scheme in SCHEMES},
-    "fp8": functools.partial(save_compressed, scheme="fp8_dynamic"),
-}
-NEEDS = {
-    **dict.fromkeys(("merged_4bit", "merged_4bit_forced"), "bitsandbytes"),
-    **dict.fromkeys((*SCHEMES, "fp8"), "compressed-tensors"),
-}
-"""What transformers asks for, to load what some of these write."""
-SAVE_METHODS = (*_MERGES, "lora")
-"""Of save_pretrained_merged."""
-Names = Sequence[str] | str | None
-
-
-class Exportable:
-    """A model's methods that write. Its fields are `LanguageModel`'s."""
-
-    causal_lm: CausalLM
-    params: Params
-    lora: Lora | None
-    tokenizer: Any
-    name_or_path: str
-    revision: str | None
-    full_finetuning: bool
-    cache_dir: str | Path | None
-    own_parts: frozenset[str]
-    last_run: LastRun | None
+class Exportable(Saved):
+    """A model's methods that write."""
 
     @mirrors(ADAPTER_WITHOUT_EFFECT)
     def save_pretrained(
@@ -110,8 +57,8 @@ class Exportable:
             datasets: What it was trained on, by their ids on the hub, for the model card.
             verify: Read the folder back, and compare it with what was to be written, before it bears its name.
         """
-        output = self._as_it_is(tokenizer, tags, datasets, verify=verify)
-        save(output, save_directory, push_to_hub, repo_id, token, private)
+        outputs = Outputs(model=self, tokenizer=tokenizer, tags=tags, datasets=datasets, verify=verify)
+        save(outputs.adapter(), save_directory, push_to_hub, repo_id, token, private)
 
     @mirrors(MERGE_WITHOUT_EFFECT)
     def save_pretrained_merged(
@@ -151,17 +98,11 @@ class Exportable:
             verify: Read the folder back, compare its bytes with what was written and its layers with the base's and the
                 adapter beside it, before it bears its name.
         """
-        output = self._merged(
-            tokenizer,
-            save_method,
-            max_shard_size,
-            tags,
-            datasets,
-            token,
-            original_model,
-            dequantize,
-            verify=verify,
-        )
+        outputs = Outputs(
+            model=self, tokenizer=tokenizer, tags=tags, datasets=datasets, verify=verify,
+            token=token, original_model=original_model, dequantize=dequantize,
+        )  # fmt: skip
+        output = outputs.merged(save_method, max_shard_size)
         save(output, save_directory, push_to_hub, repo_id, token, private)
 
     @mirrors(GGUF_WITHOUT_EFFECT)
@@ -207,19 +148,11 @@ class Exportable:
             datasets: What it was trained on, by their ids on the hub, for the model card.
             verify: Read the files back, and compare them with what they were made of, before they bear their names.
         """
-        output = self._gguf(
-            tokenizer,
-            quantization_method,
-            imatrix_file,
-            save_method,
-            tags,
-            datasets,
-            token,
-            original_model,
-            dequantize,
-            max_shard_size=max_shard_size,
-            verify=verify,
-        )
+        outputs = Outputs(
+            model=self, tokenizer=tokenizer, tags=tags, datasets=datasets, verify=verify,
+            token=token, original_model=original_model, dequantize=dequantize,
+        )  # fmt: skip
+        output = outputs.gguf(quantization_method, imatrix_file, save_method, max_shard_size)
         return save(output, save_directory, push_to_hub, repo_id, token, private)
 
     @mirrors(GGUF_WITHOUT_EFFECT)
@@ -250,12 +183,13 @@ class Exportable:
             datasets: What it was trained on, by their ids on the hub, for the model card.
             verify: Read the file back, and compare it with the adapter, before it bears its name.
         """
-        output = self._gguf_adapter(tokenizer, quantization_method, tags, datasets, verify=verify)
+        outputs = Outputs(model=self, tokenizer=tokenizer, tags=tags, datasets=datasets, verify=verify)
+        output = outputs.gguf_adapter(quantization_method)
         return save(output, save_directory, push_to_hub, repo_id, token, private)
 
     def save_lora(self, save_directory: str | Path, tokenizer: Any = None) -> None:
         """Writes the adapter as a PEFT folder, for `load_lora` and everyone else."""
-        self._adapter()
+        self.require_adapter()
         self.save_pretrained(save_directory, tokenizer)
 
     def save_imatrix(
@@ -272,255 +206,3 @@ class Exportable:
         """
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
         save_imatrix(file, self.causal_lm, self.params, self.lora, texts, tokenizer, context=context)
-
-    def original_folder(self, token: str | None = None) -> Path:
-        """The folder that the base was loaded from, where a merge starts."""
-        try:
-            return resolve(self.name_or_path, revision=self.revision, token=token, cache_dir=self.cache_dir)
-        except ModelNotFoundError as error:
-            raise ModelNotFoundError(
-                f"A merge starts from the original 16-bit weights, and {self.name_or_path!r} cannot be reached. "
-                f"{error.found}",
-                expected=error.expected,
-                fix=f"{error.fix} Or set model.name_or_path to where it is now; save_pretrained, which writes the "
-                "adapter alone, does not need it.",
-            ) from error
-
-    def _as_it_is(self, tokenizer: Any, tags: Names, datasets: Names, *, verify: bool = True) -> Output:
-        lora, config = self.lora, self.causal_lm.lora_config
-        if lora is None or config is None:
-            if any(map(_is_packed, jax.tree.leaves(self.params, is_leaf=_is_packed))):
-                return self._packed(tokenizer, tags, datasets, verify)
-            return self._merged(tokenizer, "merged_16bit", "5GB", tags, datasets, verify=verify)
-        saved_tokenizer = self._saved_tokenizer(tokenizer)
-
-        def write(folder: Path, name: str) -> list[Path]:
-            save_adapter(
-                folder,
-                lora,
-                config,
-                self.causal_lm.module_names,
-                base=self.name_or_path,
-                revision=self.revision,
-                tokenizer=saved_tokenizer,
-                tables={name: np.asarray(self.params[name]["weight"]) for name in self.own_parts},
-                verify=verify,
-            )
-            self._card(card.ADAPTER, name, tags, datasets).write(folder)
-            return [folder / peft_format.WEIGHTS_FILE]
-
-        return Output(write, beside=CONFIG_FILE)
-
-    def _packed(self, tokenizer: Any, tags: Names, datasets: Names, verify: bool) -> Output:
-        base, saved_tokenizer = self.original_folder(), self._saved_tokenizer(tokenizer)
-        made_from = {} if self.own_parts else record(Base(base, self.name_or_path, self.revision))
-
-        def write(folder: Path, name: str) -> list[Path]:
-            card.refuse_foreign_model(folder)
-            save_bnb(
-                folder,
-                base,
-                self.causal_lm,
-                self.params,
-                tokenizer=saved_tokenizer,
-                record=made_from,
-                verify=verify,
-            )
-            self._card(card.MODEL, name, tags, datasets)._replace(needs="bitsandbytes").write(folder)
-            return [folder / CONFIG_FILE]
-
-        return Output(write, beside=peft_format.CONFIG_FILE, replaces=EARLIER_WEIGHTS)
-
-    def _merged(
-        self,
-        tokenizer: Any,
-        save_method: str,
-        max_shard_size: int | str,
-        tags: Names,
-        datasets: Names,
-        *original: Any,
-        verify: bool = True,
-    ) -> Output:
-        """`original` is what `_trained` is asked for."""
-        if save_method == "lora":
-            if self.full_finetuning:
-                raise AdapterError(
-                    "save_method='lora' of a model that was loaded with full_finetuning=True.",
-                    expected="a model with an adapter: this one is trained whole.",
-                    fix="Leave save_method out.",
-                )
-            self._adapter()
-            return self._as_it_is(tokenizer, tags, datasets, verify=verify)
-        if save_method not in _MERGES:
-            raise OptionError(
-                f"save_method={save_method!r}.",
-                expected=f"one of {', '.join(SAVE_METHODS)}.",
-                fix=f"Leave save_method out.{nearest(str(save_method), SAVE_METHODS)}",
-            )
-        parse_size(max_shard_size)
-        trained, saved_tokenizer = self._trained(*original), self._saved_tokenizer(tokenizer)
-
-        def write(folder: Path, name: str) -> list[Path]:
-            card.refuse_foreign_model(folder)
-            _MERGES[save_method](
-                folder, trained, tokenizer=saved_tokenizer, max_shard_size=max_shard_size, verify=verify
-            )
-            made = self._card(card.MODEL, name, tags, datasets)
-            needs = NEEDS.get(save_method)
-            made._replace(is_dequantized=trained.dequantize, needs=needs).write(folder)
-            return [folder / CONFIG_FILE]
-
-        return Output(write, beside=peft_format.CONFIG_FILE, replaces=EARLIER_WEIGHTS)
-
-    def _gguf(
-        self,
-        tokenizer: Any,
-        quantization_method: str | Sequence[str] | None,
-        imatrix_file: str | Path | None,
-        save_method: str | None,
-        tags: Names,
-        datasets: Names,
-        *original: Any,
-        max_shard_size: int | str | None = None,
-        verify: bool = True,
-    ) -> Output:
-        if save_method == "lora":
-            return self._gguf_adapter(tokenizer, quantization_method, tags, datasets, verify=verify)
-        if save_method not in (None, "merged_16bit"):
-            raise OptionError(
-                f"save_method={save_method!r} of a GGUF.",
-                expected="lora, or merged_16bit, of which quantization_method says the rest.",
-                fix="Leave save_method out.",
-            )
-        check_methods(quantization_method, imatrix_file)
-        trained = self._trained(*original)
-
-        def write(folder: Path, name: str) -> list[Path]:
-            card.refuse_foreign_model(Path(f"{folder}_gguf"))
-            files = save_gguf(
-                folder,
-                trained,
-                tokenizer=self.tokenizer if tokenizer is None else tokenizer,
-                name=trained.name,
-                quantization_method=quantization_method,
-                imatrix_file=imatrix_file,
-                max_shard_size=max_shard_size,
-                verify=verify,
-            )
-            made = self._card(card.GGUF, name, tags, datasets, files)
-            made._replace(is_dequantized=trained.dequantize).write(files[0].parent)
-            return files
-
-        return Output(write)
-
-    def _gguf_adapter(
-        self, tokenizer: Any, quantization_method: Any, tags: Names, datasets: Names, *, verify: bool = True
-    ) -> Output:
-        lora, config = self._adapter()
-        if self.own_parts:
-            raise AdapterError(
-                f"The model's {' and '.join(sorted(self.own_parts))} are not the original's.",
-                expected="a base as it was published, without tokens added: a GGUF adapter has A and B alone.",
-                fix="Write the merged model instead, with save_pretrained_gguf.",
-            )
-
-        def write(folder: Path, name: str) -> list[Path]:
-            file = save_adapter_gguf(
-                folder,
-                lora,
-                config,
-                self.causal_lm.module_names,
-                self.causal_lm.config,
-                tokenizer=self.tokenizer if tokenizer is None else tokenizer,
-                name=self.name_or_path,
-                quantization_method=quantization_method,
-                verify=verify,
-            )
-            if not (folder / peft_format.CONFIG_FILE).is_file():  # whose card says more
-                self._card(card.GGUF_ADAPTER, name, tags, datasets, [file]).write(folder)
-            return [file]
-
-        return Output(write)
-
-    def _adapter(self) -> tuple[Lora, LoraConfig]:
-        if self.lora is None or self.causal_lm.lora_config is None:
-            raise AdapterError(
-                "The model has no adapter.",
-                expected="a model that went through FastLanguageModel.get_peft_model, or that was loaded with one.",
-                fix="Save it with save_pretrained_merged or save_pretrained_gguf.",
-            )
-        return self.lora, self.causal_lm.lora_config
-
-    def _trained(
-        self,
-        token: str | None = None,
-        original_model: str | Path | None = None,
-        dequantize: bool = False,
-    ) -> Trained:
-        if dequantize and original_model is not None:
-            raise OptionError(
-                f"original_model={str(original_model)!r} and dequantize=True.",
-                expected="one of them: the merge starts from the original, or from the quantised weights.",
-                fix="Leave one out.",
-            )
-        base = Base(self.original_folder(token), self.name_or_path, self.revision)
-        if dequantize:
-            require_quantized(base)
-        else:
-            fetch = functools.partial(resolve, token=token, cache_dir=self.cache_dir)
-            base = original_of(base, fetch, original_model)
-        config = self.causal_lm.config
-        return Trained(
-            base.folder,
-            config,
-            self.causal_lm.module_names,
-            self.lora,
-            self.causal_lm.lora_config,
-            own_weights(config, self.params, self.own_parts),
-            base.name,
-            base.revision,
-            dequantize,
-        )
-
-    def _card(
-        self, form: card.Form, name: str, tags: Names, datasets: Names, files: Sequence[Path] = ()
-    ) -> Card:
-        try:
-            at_hand = resolve(
-                self.name_or_path, revision=self.revision, cache_dir=self.cache_dir, local_files_only=True
-            )
-        except ModelNotFoundError:
-            at_hand = None
-        return Card(
-            form,
-            name,
-            base=self.name_or_path,
-            base_folder=at_hand,
-            lora=None if self.lora is None else self.causal_lm.lora_config,
-            run=self.last_run,
-            is_trained=self.lora is not None or bool(self.own_parts),
-            files=[file.name for file in files],
-            tags=_listed(tags),
-            datasets=_listed(datasets),
-        )
-
-    def _saved_tokenizer(self, given: Any) -> Any:
-        """An embedding of its own may have new tokens, which the original's tokenizer lacks."""
-        if given is None:
-            return self.tokenizer if EMBEDDING in self.own_parts else None
-        if not hasattr(given, "save_pretrained"):
-            raise OptionError(
-                f"The tokenizer that is to be saved is {given!r}.",
-                expected="the tokenizer that from_pretrained returned.",
-                fix="Pass that, or leave it out.",
-            )
-        require_rows(given, self.causal_lm.config.vocab_size)
-        return given
-
-
-def _listed(names: Names) -> Sequence[str]:
-    return [names] if isinstance(names, str) else names or ()
-
-
-def _is_packed(leaf: Any) -> bool:
-    return isinstance(leaf, PackedArray)

@@ -10,9 +10,9 @@ from jaxtune.exportable import (
     GGUF_WITHOUT_EFFECT,
     MERGE_WITHOUT_EFFECT,
     Exportable,
-    Names,
 )
 from jaxtune.options import ANY, mirrors
+from jaxtune.outputs import Names, Outputs
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -51,7 +51,8 @@ class Pushable(Exportable):
             repo_id=repo_id, token=token, private=private, revision=revision, create_pr=create_pr,
             commit_message=commit_message, commit_description=commit_description,
         )  # fmt: skip
-        return push.alone(self._as_it_is(tokenizer, tags, datasets), temporary_location)
+        outputs = Outputs(model=self, tokenizer=tokenizer, tags=tags, datasets=datasets)
+        return push.alone(outputs.adapter(), temporary_location)
 
     @mirrors({**MERGE_WITHOUT_EFFECT, **_ALWAYS})
     def push_to_hub_merged(
@@ -85,9 +86,11 @@ class Pushable(Exportable):
             original_model: As of save_pretrained_merged.
             dequantize: Likewise.
         """
-        output = self._merged(
-            tokenizer, save_method, max_shard_size, tags, datasets, token, original_model, dequantize
-        )
+        outputs = Outputs(
+            model=self, tokenizer=tokenizer, tags=tags, datasets=datasets,
+            token=token, original_model=original_model, dequantize=dequantize,
+        )  # fmt: skip
+        output = outputs.merged(save_method, max_shard_size)
         push = Push(
             repo_id=repo_id, token=token, private=private, revision=revision, create_pr=create_pr,
             commit_message=commit_message, commit_description=commit_description,
@@ -130,18 +133,11 @@ class Pushable(Exportable):
             original_model: As of save_pretrained_merged.
             dequantize: Likewise.
         """
-        output = self._gguf(
-            tokenizer,
-            quantization_method,
-            imatrix_file,
-            save_method,
-            tags,
-            datasets,
-            token,
-            original_model,
-            dequantize,
-            max_shard_size=max_shard_size,
-        )
+        outputs = Outputs(
+            model=self, tokenizer=tokenizer, tags=tags, datasets=datasets,
+            token=token, original_model=original_model, dequantize=dequantize,
+        )  # fmt: skip
+        output = outputs.gguf(quantization_method, imatrix_file, save_method, max_shard_size)
         push = Push(
             repo_id=repo_id, token=token, private=private, revision=revision, create_pr=create_pr,
             commit_message=commit_message, commit_description=commit_description,
@@ -177,6 +173,5 @@ class Pushable(Exportable):
             repo_id=repo_id, token=token, private=private, revision=revision, create_pr=create_pr,
             commit_message=commit_message, commit_description=commit_description,
         )  # fmt: skip
-        return push.alone(
-            self._gguf_adapter(tokenizer, quantization_method, tags, datasets), temporary_location
-        )
+        outputs = Outputs(model=self, tokenizer=tokenizer, tags=tags, datasets=datasets)
+        return push.alone(outputs.gguf_adapter(quantization_method), temporary_location)

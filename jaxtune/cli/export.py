@@ -118,7 +118,7 @@ _READERS = {
 def _require(to: str, quantization_method: tuple[str, ...], imatrix_file: Path | None) -> None:
     """Before anything is fetched."""
     from jaxtune.export.gguf.folder import check_methods
-    from jaxtune.exportable import SAVE_METHODS
+    from jaxtune.outputs import SAVE_METHODS
 
     if to == GGUF:
         check_methods(quantization_method or None, imatrix_file)
@@ -137,9 +137,9 @@ def _require(to: str, quantization_method: tuple[str, ...], imatrix_file: Path |
 
 def show_methods(model: str | None, base_model: str | None, token: str | None, revision: str | None) -> None:
     from jaxtune.export.gguf.sizes import LLAMA_8B, sizes
-    from jaxtune.exportable import SAVE_METHODS
     from jaxtune.loading.describe import architecture
     from jaxtune.loading.hub import resolve
+    from jaxtune.outputs import SAVE_METHODS
 
     config, of = LLAMA_8B, "Llama 3.1 8B"
     if model is not None:
