@@ -136,6 +136,7 @@ def _require(to: str, quantization_method: tuple[str, ...], imatrix_file: Path |
 
 
 def show_methods(model: str | None, base_model: str | None, token: str | None, revision: str | None) -> None:
+    from jaxtune.export.gguf.folder import ALIASES
     from jaxtune.export.gguf.sizes import LLAMA_8B, sizes
     from jaxtune.loading.describe import architecture
     from jaxtune.loading.hub import resolve
@@ -149,7 +150,8 @@ def show_methods(model: str | None, base_model: str | None, token: str | None, r
         "--quantization-method", "bits/weight", "size", "", title=f"--to gguf, of {of}", title_justify="left"
     )
     for method, size in sizes(config).items():
-        note = "with --imatrix-file only" if size.needs_importance else ""
+        others = ", ".join(alias for alias, meant in ALIASES.items() if meant == method)
+        note = "with --imatrix-file only" if size.needs_importance else others and f"also {others}"
         table.add_row(method, f"{size.bits:.2f}", report.size_text(size.nbytes), note)
     report.console.print(table)
     report.say(f"--to can also be: {', '.join(SAVE_METHODS)}")

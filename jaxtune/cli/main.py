@@ -4,9 +4,11 @@ A command is a function whose arguments tyro turns into options and that returns
 inside it, so that `--help` and `--version` answer at once.
 """
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import tyro
 
@@ -36,19 +38,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Without it transformers tells everyone who has no torch that models are not available: its own.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        return tyro.extras.subcommand_cli_from_dict(
-            COMMANDS | {"sft": sft.command(arguments[1:] if arguments[:1] == ["sft"] else [])},
-            prog="jaxtune",
-            description=f"Fine-tunes language models in JAX. Version {__version__} (also: jaxtune --version).",
-            args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        with _tidy_end():
+            return tyro.extras.subcommand_cli_from_dict(
+                COMMANDS | {"sft": sft.command(arguments[1:] if arguments[:1] == ["sft"] else [])},
+                prog="jaxtune",
+                description=f"Fine-tunes language models in JAX. Version {__version__} (also: jaxtune --version).",
+                args=arguments,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except JaxtuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+@contextlib.contextmanager
+def _tidy_end() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, by an exception: what is half-written is put away. (A run of training
+    takes it over, to keep what it has learnt.)"""
+
+    def end(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

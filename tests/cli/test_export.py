@@ -1,7 +1,9 @@
 """`jaxtune export`: adapters from anywhere, and whole models, without loading any weights."""
 
 import json
+import os
 import shutil
+import signal
 
 import gguf
 import numpy as np
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import jaxtune.api
 from jaxtune.cli.main import main
+from jaxtune.export import hf_folder
 from jaxtune.export.gguf import folder as gguf_folder
 from jaxtune.export.gguf.sizes import LLAMA_8B, sizes
 from tests.export.adapted import Adapted, logits_of_folder, torch_logits
@@ -170,6 +173,17 @@ def test_a_full_disk(made, here, capsys, to):
     assert not list(here.iterdir())
 
 
+def test_a_scheduler_that_wants_its_machine_back(made, here, monkeypatch):
+    def ends(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(hf_folder, "verify_tensors", ends)
+    with pytest.raises(SystemExit) as ended:
+        run(made.adapter, "--to", "merged_16bit", "--output-dir", "out")
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert not list(here.iterdir())
+
+
 @pytest.mark.parametrize(("to", "name"), [("gguf", "out_gguf"), ("merged_16bit", "out"), ("lora", "out")])
 def test_somebody_else_s_folder(made, here, capsys, to, name):
     (here / name).mkdir()
@@ -201,6 +215,7 @@ def test_the_list(made, capsys, caplog):
     row = next(line for line in shown.splitlines() if "q4_k_m" in line)
     assert "4.89" in row
     assert "4.9 GB" in row
+    assert "also quantized, q4_k" in row
     assert all(
         method in shown for method in ("merged_16bit", "merged_4bit", "lora", "with --imatrix-file only")
     )
