@@ -3,16 +3,17 @@
 Both models see the same few tokens. Each layer of the folder's is also given what the base's layer is given: its own
 error is then seen apart from those of the layers before it, which add up, and which a deep model makes larger. That is
 what is bounded; the logits at the end are said. All is computed in float32 on the CPU, and one layer of either model is
-in memory at a time.
+in memory at a time. Of a head that is the base's own, whose bytes are compared anyway, some rows will do.
 
 Shapes: T tokens, M model width, V vocabulary. Where there are two rows, the first is what the base's layer reads, the
 second what the folder's own layers have come to.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.errors import ExportError
-from jaxtune.export.merge import MergedCheckpoint, Trained, Update
+from jaxtune.export.merge import EMBEDDING_WEIGHT, HEAD_WEIGHT, MergedCheckpoint, Trained, Update
 from jaxtune.loading.checkpoint import Checkpoint
 from jaxtune.loading.config import read_config
 from jaxtune.log import get_logger
@@ -35,9 +36,14 @@ from jaxtune.models.families import FAMILIES
 
 log = get_logger(__name__)
 
-_TOKENS = 32
+_EMBEDDED = 32
+"""Tokens whose embedding is compared."""
+_TOKENS = 8
+"""Of these, how many go through the layers: few, since a processor then only waits for the weights."""
 _ROWS = 16384
 """Of the head, at a time."""
+_SOME_ROWS = 1024
+"""Of a head that is the base's."""
 _ALIGNMENT = 64
 """Of arrays that jax uses where they are."""
 _FLOAT32_BOUND = 1e-4
@@ -51,11 +57,12 @@ def verify_forward(folder: Path, merged: MergedCheckpoint, trained: Trained) -> 
     bound = _bound(merged)
     config = at_length(FAMILIES[hf["model_type"]](hf), length)
     _require_sizes(config, trained.config)
-    with Checkpoint(folder) as checkpoint, _exactly():
-        theirs = _Model(CausalLM(config), checkpoint.read)
+    rows = _rows_of_head(merged, config.vocab_size)
+    with Checkpoint(folder) as checkpoint, _exactly(), concurrent.futures.ThreadPoolExecutor() as threads:
+        theirs = _Model(CausalLM(config), checkpoint.read, threads)
         base = CausalLM(trained.config, trained.lora_config)
-        ours = _Model(base, functools.partial(_of_base, merged), trained.lora)
-        errors = dict(_compare(ours, theirs))
+        ours = _Model(base, functools.partial(_of_base, merged), threads, trained.lora)
+        errors = dict(_compare(ours, theirs, rows))
     bounded = [part for part in errors if part != _LOGITS or bound == _FLOAT32_BOUND]
     worst = max(bounded, key=lambda part: errors[part] if errors[part] >= 0 else np.inf)  # a NaN first of all
     if not errors[worst] <= bound:
@@ -93,6 +100,13 @@ def _bound(merged: MergedCheckpoint) -> float:
     in a layer. Four units leave room for softmaxes, and for sums of large terms, which make errors larger."""
     rounded = [merged.dtype(name) for name in {*merged.changes, *merged.own} if name in merged]
     return max([_FLOAT32_BOUND, *(4 * float(jnp.finfo(dtype).eps) for dtype in rounded)])
+
+
+def _rows_of_head(merged: MergedCheckpoint, vocabulary: int) -> list[np.ndarray]:
+    """Those that are compared, so many at a time: all, if the adapter or the model changes any."""
+    if {EMBEDDING_WEIGHT, HEAD_WEIGHT}.isdisjoint({*merged.changes, *merged.own}):
+        return [np.unique(np.linspace(0, vocabulary - 1, _SOME_ROWS).astype(int))]
+    return np.array_split(np.arange(vocabulary), -(-vocabulary // _ROWS))
 
 
 @contextlib.contextmanager
@@ -142,14 +156,20 @@ def _logits(model: CausalLM, params: Params, lora: Lora, x_BTM: jax.Array) -> ja
 class _Model:
     """A model of which only excerpts are ever in memory."""
 
-    def __init__(self, model: CausalLM, read: Callable[[str], np.ndarray], lora: Lora | None = None):
+    def __init__(
+        self,
+        model: CausalLM,
+        read: Callable[[str], np.ndarray],
+        threads: concurrent.futures.Executor,
+        lora: Lora | None = None,
+    ):
         self.model = dataclasses.replace(model, compute_dtype="float32")
-        self.config, self.read = model.config, read
+        self.config, self.read, self.threads = model.config, read, threads
         self.lora = jax.tree.map(np.asarray, lora or {})
         self._buffers: dict[Any, np.ndarray] = {}
         self._paths = [names.keys(path) for path, _ in jax.tree_util.tree_leaves_with_path(model.skeleton)]
 
-    def ends(self, rows: np.ndarray | slice) -> tuple[Params, Lora]:
+    def ends(self, rows: np.ndarray) -> tuple[Params, Lora]:
         """What is outside the layers, with some rows of the vocabulary; and what the adapter has there."""
         params: Params = {}
         for path in self._paths:
@@ -166,10 +186,11 @@ class _Model:
             for n, i in enumerate(layers):
                 repeat, p = divmod(n, period)
                 params: Params = dict(ends)
-                for path in self._paths:
-                    if path[:3] == ("layers", s, p):
-                        array = self.read(names.hf_names(self.config, path)[repeat])
-                        insert(params, ("layers", 0, 0, *path[3:]), self._lent(path[3:], array[None]))
+                paths = [path for path in self._paths if path[:3] == ("layers", s, p)]
+                hf_names = [names.hf_names(self.config, path)[repeat] for path in paths]
+                lent = lambda path, name: self._lent(path[3:], self.read(name)[None])
+                for path, array in zip(paths, self.threads.map(lent, paths, hf_names), strict=True):
+                    insert(params, ("layers", 0, 0, *path[3:]), array)
                 adapter = lora.get("layers", {}).get(s, {}).get(p, {})
                 one = jax.tree.map(lambda stack, at=repeat: stack[at : at + 1], adapter)
                 yield _Excerpt(
@@ -178,11 +199,9 @@ class _Model:
                     {**lora, "layers": {0: {0: one}}},
                 )
 
-    def logits(self, x_BTM: jax.Array) -> np.ndarray:
-        """[B, T, V]"""
-        pieces = [slice(start, start + _ROWS) for start in range(0, self.config.vocab_size, _ROWS)]
-        each = [np.asarray(_logits(self.model, *self.ends(piece), x_BTM)) for piece in pieces]
-        return np.concatenate(each, axis=-1)
+    def logits(self, x_BTM: jax.Array, rows: Iterable[np.ndarray]) -> np.ndarray:
+        """[B, T, rows of the head]"""
+        return np.concatenate([_logits(self.model, *self.ends(some), x_BTM) for some in rows], axis=-1)
 
     def _lent(self, path: names.Path, array: np.ndarray) -> np.ndarray:
         """In float32, where jax takes it without a copy of its own, in memory that is used again once what was computed
@@ -200,7 +219,7 @@ class _Model:
         return {} if config is None else with_settings(lora, config, self.model.module_names)
 
 
-def _rows(module: Lora, rows: np.ndarray | slice) -> Lora:
+def _rows(module: Lora, rows: np.ndarray) -> Lora:
     """What an adapter has of the embedding or of the head, for some rows of the vocabulary."""
     if "weight" in module:
         return {"weight": module["weight"][rows]}
@@ -212,22 +231,23 @@ def _of_one_layer(model: CausalLM, kind: LayerKind, vocabulary: int) -> CausalLM
     return dataclasses.replace(model, config=config)
 
 
-def _compare(ours: _Model, theirs: _Model) -> Iterator[tuple[str, float]]:
+def _compare(ours: _Model, theirs: _Model, of_head: list[np.ndarray]) -> Iterator[tuple[str, float]]:
     """Every part of the model, and by how much it is off; the logits last."""
-    rows = np.unique(np.linspace(0, ours.config.vocab_size - 1, _TOKENS).astype(int))
+    rows = np.unique(np.linspace(0, ours.config.vocab_size - 1, _EMBEDDED).astype(int))
     tokens_1T = jnp.asarray(np.random.default_rng(0).permutation(len(rows))[None])
     x_1TM = own_1TM = None
     for i, (our, their) in enumerate(zip(ours.excerpts(rows), theirs.excerpts(rows), strict=True)):
         if x_1TM is None or own_1TM is None:
             x_1TM, own_1TM = our.embed(tokens_1T), their.embed(tokens_1T)
             yield "The embedding", _relative(own_1TM, x_1TM)
+            x_1TM, own_1TM = x_1TM[:, :_TOKENS], own_1TM[:, :_TOKENS]
         y_1TM = _through(our.model, our.params, our.lora, x_1TM)
         y_2TM = _through(their.model, their.params, their.lora, jnp.concatenate([x_1TM, own_1TM]))
         yield f"Layer {i}", _relative(y_2TM[:1], y_1TM, before=x_1TM)
         x_1TM, own_1TM = y_1TM, y_2TM[1:]
     assert x_1TM is not None and own_1TM is not None
     x_1TM, x_2TM = our.norm(x_1TM), their.norm(jnp.concatenate([x_1TM, own_1TM]))
-    expected_1TV, found_2TV = ours.logits(x_1TM), theirs.logits(x_2TM)
+    expected_1TV, found_2TV = ours.logits(x_1TM, of_head), theirs.logits(x_2TM, of_head)
     yield "The head", _relative(found_2TV[:1], expected_1TV)
     yield _LOGITS, _relative(found_2TV[1:], expected_1TV)
 

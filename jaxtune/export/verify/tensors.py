@@ -1,5 +1,6 @@
 """The weights of a Hugging Face folder, read back: names, shapes, dtypes, the file that each is in, and every byte."""
 
+import concurrent.futures
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,12 +27,15 @@ def verify_tensors(folder: Path, shards: Mapping[str, Sequence[Entry]], checksum
                     expected=f"{_said(expected.get(name))}, as written.",
                     fix=AGAIN,
                 )
-            if not checksums.agree(name, checkpoint.read(name)):
-                raise ExportError(
-                    f"The weights, read back: {name} has other bytes than were written.",
-                    expected="the bytes that were written.",
-                    fix=AGAIN,
-                )
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            agree = lambda name: checksums.agree(name, checkpoint.read(name))
+            for name, is_same in zip(expected, threads.map(agree, expected), strict=True):
+                if not is_same:
+                    raise ExportError(
+                        f"The weights, read back: {name} has other bytes than were written.",
+                        expected="the bytes that were written.",
+                        fix=AGAIN,
+                    )
     log.info("The weights, read back: %s as written.", counted(len(found), "tensor"))
 
 
