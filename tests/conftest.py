@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -21,10 +22,15 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 os.environ.setdefault(
     "JAXTUNE_TEST_SEED", str(secrets.randbelow(2**31))
 )  # of inputs that are new in every run
+# XLA's own passes stay; LLVM's, which are most of the time of compiling, are left out.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads: the workers use the other cores already
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What one test compiles, another test, worker or subprocess of this run may load. Workers inherit the folder from the
 # process that made it, which deletes it when the run is over.
