@@ -42,7 +42,11 @@ def test_outputs_are_committed(path):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_it_runs(path, tmp_path, monkeypatch):
-    monkeypatch.delenv("XLA_FLAGS")  # one device, as its reader has
+    for name in (
+        "XLA_FLAGS",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS",
+    ):  # one device and fast programs, as its reader has
+        monkeypatch.delenv(name)
     notebook = nbformat.read(path, as_version=4)
     for cell in cells(notebook):
         cell.outputs = []

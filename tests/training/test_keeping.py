@@ -466,16 +466,18 @@ class TestCallbacks:
         assert trainer.state.global_step == 2
 
 
-UNEVEN = dict(
-    learning_rate=0.5, lr_scheduler_type="constant", eval_strategy="steps", eval_steps=1, max_steps=5
+UNSEEN = [{"input_ids": row} for row in np.random.default_rng(200).integers(128, 256, (3, 20)).tolist()]
+WORSE = dict(
+    learning_rate=0.05, lr_scheduler_type="constant", eval_strategy="steps", eval_steps=1, max_steps=5,
+    eval_dataset=UNSEEN,
 )  # fmt: skip
+"""The more is learnt of other tokens, the less likely are these."""
 
 
 class TestTheBest:
     def test_is_left_in_the_model(self, model, tmp_path):
         trainer = trained(
-            model, tmp_path, eval_dataset=EVAL, save_steps=1, save_total_limit=1, load_best_model_at_end=True,
-            **UNEVEN,
+            model, tmp_path, save_steps=1, save_total_limit=1, load_best_model_at_end=True, **WORSE,
         )  # fmt: skip
         losses = {
             record["step"]: record["eval_loss"] for record in trainer.log_history if "eval_loss" in record
@@ -488,8 +490,8 @@ class TestTheBest:
 
     def test_greater_may_be_better(self, model, tmp_path):
         trainer = trained(
-            model, tmp_path, eval_dataset=EVAL, save_strategy="best", metric_for_best_model="eval_loss",
-            greater_is_better=True, **UNEVEN,
+            model, tmp_path, save_strategy="best", metric_for_best_model="eval_loss", greater_is_better=True,
+            **WORSE,
         )  # fmt: skip
         losses = [record["eval_loss"] for record in trainer.log_history if "eval_loss" in record]
         assert trainer.state.best_metric == max(losses)

@@ -42,12 +42,14 @@ _TOKENS = 8
 """Of these, how many go through the layers: few, since a processor then only waits for the weights."""
 _ROWS = 16384
 """Of the head, at a time."""
-_SOME_ROWS = 1024
+_SOME_ROWS = 256
 """Of a head that is the base's."""
 _ALIGNMENT = 64
 """Of arrays that jax uses where they are."""
 _FLOAT32_BOUND = 1e-4
 _LOGITS = "The logits"
+_Rows = np.ndarray | slice
+"""Of the vocabulary."""
 
 
 def verify_forward(folder: Path, merged: MergedCheckpoint, trained: Trained) -> None:
@@ -102,11 +104,11 @@ def _bound(merged: MergedCheckpoint) -> float:
     return max([_FLOAT32_BOUND, *(4 * float(jnp.finfo(dtype).eps) for dtype in rounded)])
 
 
-def _rows_of_head(merged: MergedCheckpoint, vocabulary: int) -> list[np.ndarray]:
+def _rows_of_head(merged: MergedCheckpoint, vocabulary: int) -> list[_Rows]:
     """Those that are compared, so many at a time: all, if the adapter or the model changes any."""
     if {EMBEDDING_WEIGHT, HEAD_WEIGHT}.isdisjoint({*merged.changes, *merged.own}):
         return [np.unique(np.linspace(0, vocabulary - 1, _SOME_ROWS).astype(int))]
-    return np.array_split(np.arange(vocabulary), -(-vocabulary // _ROWS))
+    return [slice(start, start + _ROWS) for start in range(0, vocabulary, _ROWS)]
 
 
 @contextlib.contextmanager
@@ -169,7 +171,7 @@ class _Model:
         self._buffers: dict[Any, np.ndarray] = {}
         self._paths = [names.keys(path) for path, _ in jax.tree_util.tree_leaves_with_path(model.skeleton)]
 
-    def ends(self, rows: np.ndarray) -> tuple[Params, Lora]:
+    def ends(self, rows: _Rows) -> tuple[Params, Lora]:
         """What is outside the layers, with some rows of the vocabulary; and what the adapter has there."""
         params: Params = {}
         for path in self._paths:
@@ -199,7 +201,7 @@ class _Model:
                     {**lora, "layers": {0: {0: one}}},
                 )
 
-    def logits(self, x_BTM: jax.Array, rows: Iterable[np.ndarray]) -> np.ndarray:
+    def logits(self, x_BTM: jax.Array, rows: Iterable[_Rows]) -> np.ndarray:
         """[B, T, rows of the head]"""
         return np.concatenate([_logits(self.model, *self.ends(some), x_BTM) for some in rows], axis=-1)
 
@@ -219,7 +221,7 @@ class _Model:
         return {} if config is None else with_settings(lora, config, self.model.module_names)
 
 
-def _rows(module: Lora, rows: np.ndarray) -> Lora:
+def _rows(module: Lora, rows: _Rows) -> Lora:
     """What an adapter has of the embedding or of the head, for some rows of the vocabulary."""
     if "weight" in module:
         return {"weight": module["weight"][rows]}
@@ -231,7 +233,7 @@ def _of_one_layer(model: CausalLM, kind: LayerKind, vocabulary: int) -> CausalLM
     return dataclasses.replace(model, config=config)
 
 
-def _compare(ours: _Model, theirs: _Model, of_head: list[np.ndarray]) -> Iterator[tuple[str, float]]:
+def _compare(ours: _Model, theirs: _Model, of_head: list[_Rows]) -> Iterator[tuple[str, float]]:
     """Every part of the model, and by how much it is off; the logits last."""
     rows = np.unique(np.linspace(0, ours.config.vocab_size - 1, _EMBEDDED).astype(int))
     tokens_1T = jnp.asarray(np.random.default_rng(0).permutation(len(rows))[None])
