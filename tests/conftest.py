@@ -22,7 +22,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 os.environ.setdefault(
     "JAXTUNE_TEST_SEED", str(secrets.randbelow(2**31))
 )  # of inputs that are new in every run
-# XLA's own passes stay; LLVM's, which are most of the time of compiling, are left out.
+# XLA's own passes stay; LLVM's, which are most of the time of compiling, are left out, but for the folders of EXACT.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -42,6 +42,8 @@ import jax
 import pytest
 
 from tests.kit import gpu_runs, published
+
+EXACT = ("export", "gpu", "kernels", "parity", "quant")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")  # bfloat16 does not become float32 by accident
 jax.config.update("jax_numpy_rank_promotion", "raise")  # nor does [T] meet [B, T] unnoticed
@@ -71,6 +73,16 @@ def _logging_as_users_find_it():
     logger = logging.getLogger("jaxtune")
     logger.setLevel(logging.NOTSET)
     logger.handlers.clear()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_as_users_have_them(request: pytest.FixtureRequest):
+    """Where bits are compared with other software's, they have to stand what LLVM's passes do, as to join products and
+    sums."""
+    is_exact = request.path.relative_to(Path(__file__).parent).parts[0] in EXACT
+    if jax.config.read("jax_disable_most_optimizations") == is_exact:
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", not is_exact)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -42,11 +42,9 @@ def test_outputs_are_committed(path):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_it_runs(path, tmp_path, monkeypatch):
-    for name in (
-        "XLA_FLAGS",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS",
-    ):  # one device and fast programs, as its reader has
-        monkeypatch.delenv(name)
+    # One device and fast programs, as its reader has.
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
     notebook = nbformat.read(path, as_version=4)
     for cell in cells(notebook):
         cell.outputs = []

@@ -81,8 +81,8 @@ def export(
             dequantize=dequantize,
             verify=verify,
         )
-        uses = {file.name: f"for llama.cpp: llama-cli -m {file.name}" for file in files}
         if max_shard_size is None:
+            uses = {file.name: f"for llama.cpp: llama-cli -m {file.name}" for file in files}
             uses["Modelfile"] = f"for Ollama, there: ollama create {name.lower()}"
         else:
             uses = {file.name: "for llama.cpp, which is given the first" for file in files}
@@ -99,20 +99,19 @@ def export(
             dequantize=dequantize,
             verify=verify,
         )
-        report.files(
-            folder.parent, {folder.name: f"for {_READERS.get(to, 'transformers, vLLM and jaxtune')}"}
-        )
+        report.files(folder.parent, {folder.name: f"for {_readers(to)}"})
     return 0
 
 
-_READERS = {
-    "lora": "PEFT, vLLM and jaxtune",
-    **dict.fromkeys(("w8a16", "w4a16"), "vLLM, and transformers with compressed-tensors"),
-    **dict.fromkeys(("fp8", "fp8_dynamic"), "vLLM, jaxtune, and transformers with compressed-tensors"),
-    **dict.fromkeys(
-        ("merged_4bit", "merged_4bit_forced"), "vLLM, jaxtune, and transformers with bitsandbytes"
-    ),
-}
+def _readers(save_method: str) -> str:
+    from jaxtune.outputs import NEEDS
+
+    if save_method == "lora":
+        return "PEFT, vLLM and jaxtune"
+    if save_method not in NEEDS:
+        return "transformers, vLLM and jaxtune"
+    ours = "" if save_method in ("w8a16", "w4a16") else " jaxtune,"
+    return f"vLLM,{ours} and transformers with {NEEDS[save_method]}"
 
 
 def _require(to: str, quantization_method: tuple[str, ...], imatrix_file: Path | None) -> None:

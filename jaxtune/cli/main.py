@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import tyro
@@ -62,6 +63,9 @@ def _tidy_end() -> Iterator[None]:
     def end(number: int, _: object) -> None:
         sys.exit(128 + number)
 
+    if threading.current_thread() is not threading.main_thread():  # which alone may ask for that
+        yield
+        return
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
