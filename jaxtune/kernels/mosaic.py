@@ -17,8 +17,29 @@ from jaxlib.mlir.dialects import arith, memref, vector
 
 __all__ = [
     "Stream", "add_in_turn", "barriers", "begin_product", "computing_and_fetching", "fetch", "finished", "in_phases",
-    "in_roles", "pass_by", "pl", "plgpu", "take", "tiled", "turns", "with_sums", "zeros",
+    "in_roles", "pass_by", "pl", "plgpu", "take", "tiled", "turns", "unnumbered", "with_sums", "zeros",
 ]  # fmt: skip
+
+
+def unnumbered(body: Any, *, interpret: bool) -> Any:
+    """JAX numbers kernels as a process lowers them, in a name for dumps that the compilation cache's key covers: a run
+    would find only what one with the same history has kept. A name that is there already, JAX leaves."""
+    if interpret:
+        return body
+
+    @plgpu.inline_mgpu()
+    def name(_: Any) -> None:
+        operation = ir.InsertionPoint.current.block.owner
+        while operation.name != "builtin.module":
+            operation = operation.parent
+        operation.attributes["mosaic_gpu.dump_basename"] = operation.attributes["sym_name"]
+
+    @functools.wraps(body)
+    def named(*refs: Any) -> Any:
+        name()
+        return body(*refs)
+
+    return named
 
 
 def take(table: Any, index: jax.Array, layout: Any, *, interpret: Any) -> jax.Array:
@@ -118,7 +139,7 @@ def computing_and_fetching(
     """A kernel whose blocks are so many warpgroups that compute, and behind them one that fetches, or has so many
     `in_roles`."""
     return plgpu.kernel(
-        body,
+        unnumbered(body, interpret=interpret),
         out_type=out_type,
         scratch_types=scratch_types,
         grid=tuple(grid.values()),

@@ -14,8 +14,9 @@ BLOCK = 512
 """Queries at a time on the XLA path: 4 rows x 4096 keys x 32 heads keep 1 GiB of float32 scores."""
 
 OURS_UP_TO = {96: 4096, 128: 16384}
-"""By the head's size, the longest row of one segment at which a step is faster with our kernels than with cuDNN's, as
-measured on an H100 (docs/kernels.md). They also are in packed rows, and with windows over heads of up to 128."""
+"""By the head's size, the longest row of one segment at which our kernels are faster than cuDNN's, as measured on an
+H100 (docs/kernels.md; with heads of 128 in whole steps too). They also are in packed rows, and with windows over heads
+of up to 128."""
 
 NAME = "attention"
 IMPLEMENTATIONS: Candidates = {"cudnn": cudnn.why_not_here, "mosaic_gpu": gpu.why_not_mosaic, "xla": None}

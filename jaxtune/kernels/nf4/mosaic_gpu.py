@@ -42,7 +42,7 @@ def dequantize_layer(
 ) -> jax.Array:
     """The weight [N, K] of layer `index`, of the four packed arrays as stacks [layers, ...]. Compiled by itself: a step
     calls it hundreds of times, and lowers it once for each shape."""
-    from jaxtune.kernels.mosaic import plgpu, take
+    from jaxtune.kernels.mosaic import plgpu, take, unnumbered
 
     codes, absmax, nested_absmax, offset = stack
     layers, groups = nested_absmax.shape
@@ -75,7 +75,7 @@ def dequantize_layer(
 
     table = np.tile(TABLES[values], 8)  # every lane brings one entry
     weight = plgpu.kernel(
-        nf4_dequantize,
+        unnumbered(nf4_dequantize, interpret=interpret),
         out_type=jax.ShapeDtypeStruct((groups, TILES, 2, BLOCK), dtype),
         scratch_types=[
             plgpu.SMEM(table.shape, jnp.float32),
