@@ -69,6 +69,15 @@ def on_device(x: jax.Array) -> jax.Array:
     return jax.device_put(x, jax.memory.Space.Device)
 
 
+def committed(tree: Any) -> Any:
+    """The same arrays, committed to the one device that they are on, as programs return theirs. To the compilation cache
+    a program that takes others is another program. Arrays of several devices come back as they are."""
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+    if len(set().union(*(x.sharding.device_set for x in arrays))) != 1:
+        return tree
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding) if isinstance(x, jax.Array) else x, tree)
+
+
 def beside(x: jax.Array, other: jax.Array) -> jax.Array:
     """x in the memory that `other` lies in."""
     return on_host(x) if is_on_host(other) else x

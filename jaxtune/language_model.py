@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtune.device_memory import committed
 from jaxtune.errors import AdapterError, OptionError
 from jaxtune.inference.generate import ends, generate
 from jaxtune.loading import adapter as adapters
@@ -77,6 +78,9 @@ class LanguageModel(Pushable):
     untied head after `add_new_tokens`. What is saved takes them from here."""
     last_run: LastRun | None = None
     """What trained it, in this process: its model card says so."""
+
+    def __post_init__(self):
+        self.params, self.lora = committed(self.params), committed(self.lora)
 
     def apply(self, params: Params, lora: Lora | None, tokens: jax.Array, **where: jax.Array) -> jax.Array:
         """Logits [B, T, V] in float32, as a pure function; `lora=None` is the base model. See `CausalLM.apply`."""

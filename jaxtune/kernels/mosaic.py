@@ -29,7 +29,7 @@ def unnumbered(body: Any, *, interpret: bool) -> Any:
 
     @plgpu.inline_mgpu()
     def name(_: Any) -> None:
-        operation = ir.InsertionPoint.current.block.owner
+        operation: Any = ir.InsertionPoint.current.block.owner
         while operation.name != "builtin.module":
             operation = operation.parent
         operation.attributes["mosaic_gpu.dump_basename"] = operation.attributes["sym_name"]
