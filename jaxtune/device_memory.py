@@ -70,8 +70,8 @@ def on_device(x: jax.Array) -> jax.Array:
 
 
 def committed(tree: Any) -> Any:
-    """The same arrays, committed to the one device that they are on, as programs return theirs. To the compilation cache
-    a program that takes others is another program. Arrays of several devices come back as they are."""
+    """The same arrays, committed to the one device that they are on, as programs return theirs. To the compilation
+    cache a program that takes others is another program. Arrays of several devices come back as they are."""
     arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
     if len(set().union(*(x.sharding.device_set for x in arrays))) != 1:
         return tree
