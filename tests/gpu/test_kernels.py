@@ -159,7 +159,8 @@ def test_our_attention_gives_the_same_bits_twice(case: Case):
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="of two GPUs")
 @pytest.mark.parametrize("axis", [0, 2], ids=["batch", "heads"])
-def test_our_attention_is_cut_among_two_devices(axis: int):
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "whole"])
+def test_our_attention_is_cut_among_two_devices(axis: int, packed: bool):
     q, k, v, dout = (
         normal(13, 4, 1024, 8, 128),
         normal(14, 4, 1024, 2, 128),
@@ -169,7 +170,12 @@ def test_our_attention_is_cut_among_two_devices(axis: int):
 
     def both(q, k, v, dout):
         attend = lambda *qkv: mosaic_gpu.attention(
-            *qkv, segments_BT=jnp.ones(q.shape[:2], jnp.int32), scale=0.1, window=None, softcap=None
+            *qkv,
+            segments_BT=jnp.ones(q.shape[:2], jnp.int32),
+            scale=0.1,
+            window=None,
+            softcap=None,
+            packed=packed,
         )
         (out, _), pull = jax.vjp(attend, q, k, v)
         return out, *pull((dout, jnp.zeros((len(q), q.shape[2], q.shape[1]))))

@@ -6,6 +6,7 @@ Shapes: N tokens of all rows, H heads, K key/value heads, D head size; Q queries
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,6 @@ from jaxtune.kernels.mosaic import (
     computing_and_fetching,
     fetch,
     finished,
-    in_phases,
     pass_by,
     pl,
     plgpu,
@@ -70,7 +70,8 @@ def forward(
         def _compute():
             plgpu.set_max_registers(240, action="increase")
             mine = tile * WARPGROUPS + wg
-            my_begin, whole, part, my_end = (blocks[mine, i] - begin for i in range(4))
+            edges = [blocks[mine, i] - begin for i in range(4)]
+            my_begin, my_end = edges[0], edges[-1]
             base = mine * QUERIES
             rows = pl.ds(base, QUERIES)
             own_q, own_log_sums, own_first = q_buffer.at[wg], log_sums_buffer.at[wg], first_buffer.at[wg]
@@ -79,15 +80,17 @@ def forward(
             plgpu.barrier_wait(q_ready.at[wg])
             first_Q = plgpu.load(own_first, layout=PER_ROW)
 
-            def scores(block, masked, s_QS):
+            def scores(block, s_QS):
                 s_QS, _ = capped(s_QS, scale, softcap)
-                if not masked:
-                    return s_QS
-                row_Q, column_S = places(s_QS.shape)
-                of_row = lambda each: lax.broadcast_in_dim(each, s_QS.shape, [0])
-                column_QS = lax.broadcast_in_dim(column_S + (begin + block) * keys, s_QS.shape, [1])
-                visible = (column_QS >= of_row(first_Q)) & (column_QS <= of_row(row_Q + base))
-                return jnp.where(visible, s_QS, NEVER)
+
+                def mask(s_QS):
+                    row_Q, column_S = places(s_QS.shape)
+                    of_row = lambda each: lax.broadcast_in_dim(each, s_QS.shape, [0])
+                    column_QS = lax.broadcast_in_dim(column_S + (begin + block) * keys, s_QS.shape, [1])
+                    visible = (column_QS >= of_row(first_Q)) & (column_QS <= of_row(row_Q + base))
+                    return jnp.where(visible, s_QS, NEVER)
+
+                return where_partly_seen(mask, s_QS, block, edges)
 
             def weights(s_QS, most_Q, sum_Q):
                 now_Q = jnp.maximum(most_Q, s_QS.max(axis=1) * to_log2)
@@ -98,14 +101,14 @@ def forward(
 
             of_wg = [each.at[wg] for each in staging]
 
-            def step(block, carry, masked):
+            def step(block, carry):
                 """The products with the last block's values go on while this block's weights are found."""
                 out_QD, p_QS, most_Q, sum_Q = carry
 
                 def body(s, out):
                     begin_product(s, own_q, k_buffer.at[keys_in.wait(block)].transpose((1, 0)))
                     begin_product(out, p_QS, v_buffer.at[values_in.wait(block - 1)], *of_wg)
-                    s_QS = scores(block, masked, finished(s, under_way=1))
+                    s_QS = scores(block, finished(s, under_way=1))
                     keys_in.release(block)
                     p, now_Q, total_Q, shrink_Q = weights(s_QS, most_Q, sum_Q)
                     # Registers that products read must not be written while others are under way.
@@ -119,7 +122,7 @@ def forward(
             def first_block():
                 def body(s):
                     begin_product(s, own_q, k_buffer.at[keys_in.wait(my_begin)].transpose((1, 0)))
-                    return scores(my_begin, True, finished(s))
+                    return scores(my_begin, finished(s))
 
                 s_QS = with_sums(body, (QUERIES, keys))
                 keys_in.release(my_begin)
@@ -128,9 +131,7 @@ def forward(
                 return zeros(QUERIES, D), p.astype(dtype), now_Q, total_Q
 
             pass_by(0, my_begin, streams)
-            second = my_begin + 1
-            edges = second, jnp.maximum(whole, second), jnp.maximum(part, second), my_end
-            out_QD, p_QS, most_Q, sum_Q = in_phases(step, edges, first_block())
+            out_QD, p_QS, most_Q, sum_Q = lax.fori_loop(my_begin + 1, my_end, step, first_block())
 
             def body(out):
                 begin_product(out, p_QS, v_buffer.at[values_in.wait(my_end - 1)], *of_wg)
@@ -189,6 +190,12 @@ def capped(products: jax.Array, scale: float, softcap: float | None) -> tuple[ja
         return products, None
     within = jnp.tanh(products * (scale / softcap))
     return within, 1 - within * within
+
+
+def where_partly_seen(mask: Any, values: jax.Array, block: Any, edges: Any) -> jax.Array:
+    """`mask(values)` in a block of which not all is seen: before the second of four `edges`, or from the third on."""
+    _, whole, part, _ = edges
+    return lax.cond((block < whole) | (block >= part), mask, lambda values: values, values)
 
 
 def places(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxtune.kernels.attention.mosaic_forward import capped, places, unit
+from jaxtune.kernels.attention.mosaic_forward import capped, places, unit, where_partly_seen
 from jaxtune.kernels.attention.tiles import KEYS, QUERIES, TILE, WARPGROUPS
 from jaxtune.kernels.mosaic import (
     Stream,
@@ -71,7 +71,8 @@ def gradients(
     ):  # fmt: skip
         kv_head = lax.axis_index("kv_heads") * together + lax.axis_index("kv_head")
         tile, wg = lax.axis_index("row") * tiles + lax.axis_index("tile"), lax.axis_index("warpgroup")
-        begin, whole, part, end = (edges[tile, i] for i in range(4))
+        own_edges = [edges[tile, i] for i in range(4)]
+        begin, end = own_edges[0], own_edges[-1]
         count = (end - begin) * group
         log_sums_buffer, delta_buffer = numbers.at[:STAGES], numbers.at[STAGES:]
         queries_in, gradients_in, sums_out = (
@@ -101,7 +102,7 @@ def gradients(
                 number = lambda buffer: of_column(plgpu.load(buffer, layout=PER_COLUMN))
                 block = head_and_block(i)[1]
 
-                def seen(p_SQ):
+                def mask(p_SQ):
                     row_S, column_Q = places(p_SQ.shape)
                     row_SQ = lax.broadcast_in_dim(row_S + base, p_SQ.shape, [0])
                     visible = row_SQ >= number(first_buffer.at[here])
@@ -114,7 +115,7 @@ def gradients(
                 s_SQ, slope = capped(finished(s, under_way=1), scale, softcap)
                 p_SQ = jnp.exp2(s_SQ * to_log2 - number(log_sums_buffer.at[here]))
                 dp_SQ = finished(dp)
-                p_SQ = lax.cond((block < whole) | (block >= part), seen, lambda p_SQ: p_SQ, p_SQ)
+                p_SQ = where_partly_seen(mask, p_SQ, block, own_edges)
                 ds_SQ = p_SQ if slope is None else p_SQ * slope
                 ds_SQ *= dp_SQ - number(delta_buffer.at[there])
                 # Registers that products read are written while none is under way.
