@@ -10,12 +10,26 @@ from typing import Annotated
 import tyro
 from rich.table import Table
 
-from jaxtune.cli import report
+from jaxtune.cli import in_shell, report
 from jaxtune.errors import OptionError, nearest
 
 GGUF = "gguf"
+FLAGS = {
+    "save_method": "--to",
+    "quantization_method": "--quantization-method",
+    "imatrix_file": "--imatrix-file",
+    "max_shard_size": "--max-shard-size",
+    "base_model": "--base-model",
+    "original_model": "--original-model",
+    "dequantize": "--dequantize",
+    "max_seq_length": "--max-seq-length",
+    "token": "--token",
+    "verify": "--verify",
+}
+"""By what options are called in Python."""
 
 
+@in_shell.errors(FLAGS)
 def export(
     model: Annotated[str | None, tyro.conf.Positional] = None,
     to: str = GGUF,

@@ -13,6 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import jaxtune.api
+from jaxtune.cli.export import FLAGS
+from jaxtune.cli.in_shell import with_flags
 from jaxtune.cli.main import main
 from jaxtune.export import hf_folder
 from jaxtune.export.gguf import folder as gguf_folder
@@ -162,7 +164,7 @@ def test_what_cannot_be_done_is_said_at_once(case, here, capsys):
 
 def test_a_base_for_a_model_that_has_none(made, capsys):
     run(made.base, "--base-model", made.base, code=1)
-    assert "is no adapter" in capsys.readouterr().err
+    assert f"--base-model {made.base}, and {made.base} is no adapter" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("to", ["gguf", "merged_16bit"])
@@ -231,3 +233,21 @@ def test_a_listed_size_is_the_file_s(made, here):
     read = tensors(here / "out_gguf" / "base.Q4_K_M.gguf")
     assert found == sum(tensor.n_bytes for name, tensor in read.items() if "rope_freqs" not in name)
     assert sizes(LLAMA_8B)["f32"].nbytes == 4 * 8_030_261_248
+
+
+@pytest.mark.parametrize(
+    ("in_python", "in_shell"),
+    [
+        (
+            "Name it: original_model='org/name', or a folder.",
+            "Name it: --original-model org/name, or a folder.",
+        ),
+        ("original_model='my model' and dequantize=True.", "--original-model 'my model' and --dequantize."),
+        ('Use quantization_method="bf16" or "f32".', 'Use --quantization-method bf16 or "f32".'),
+        ("set HF_TOKEN or pass token=.", "set HF_TOKEN or pass --token."),
+        ("verify=False writes it; save_method=1 is none.", "--no-verify writes it; --to 1 is none."),
+        ("Set max_tokens=5 and verify == 3.", "Set max_tokens=5 and verify == 3."),
+    ],
+)
+def test_options_are_called_what_the_shell_calls_them(in_python, in_shell):
+    assert with_flags(in_python, FLAGS) == in_shell
