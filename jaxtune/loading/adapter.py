@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,13 +73,7 @@ class Adapted(NamedTuple):
 def read_weights(adapter: AdapterFolder, base: CausalLM) -> Adapted:
     path = adapter.folder / peft_format.WEIGHTS_FILE
     tensors = _read(path)
-    broken = [name for name, tensor in tensors.items() if not np.isfinite(tensor.astype(np.float32)).all()]
-    if broken:
-        raise AdapterError(
-            f"{path}: {broken[0]} holds NaN or infinite values.",
-            expected="finite weights.",
-            fix="Use an adapter from before its training diverged.",
-        )
+    require_finite(tensors, str(path))
     c = base.config
     settings = adapter.config.on(tied=c.tie_word_embeddings)
     tables, rows = take_tables(
@@ -89,6 +84,16 @@ def read_weights(adapter: AdapterFolder, base: CausalLM) -> Adapted:
     model = dataclasses.replace(base, config=config, lora_config=settings)
     lora = peft_format.from_tensors(tensors, settings, model.skeleton, model.module_names, str(path))
     return Adapted(model, lora, tables)
+
+
+def require_finite(tensors: Mapping[str, np.ndarray], source: str) -> None:
+    broken = [name for name, tensor in tensors.items() if not np.isfinite(tensor.astype(np.float32)).all()]
+    if broken:
+        raise AdapterError(
+            f"{source}: {broken[0]} holds NaN or infinite values.",
+            expected="finite weights.",
+            fix="Use an adapter from before its training diverged.",
+        )
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from jaxtune import FastLanguageModel, add_new_tokens
-from jaxtune.errors import ExportError
+from jaxtune.errors import AdapterError, ExportError
 from jaxtune.export import compressed_folder, hf_folder, merge, merged_4bit
 from jaxtune.export.verify import adapter as verify_adapter
 from jaxtune.export.verify import packed as verify_packed
@@ -273,6 +273,16 @@ def test_an_adapter(adapted, tmp_path, monkeypatch, caplog):
         adapted.model.save_pretrained(tmp_path / "again")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     adapted.model.save_pretrained(tmp_path / "again", verify=False)
+
+
+def test_an_adapter_that_diverged(adapted, tmp_path):
+    """Nobody could load it, us included."""
+    broken = jax.tree.map(lambda x: np.full_like(x, np.nan), adapted.model.lora)
+    model = dataclasses.replace(adapted.model, lora=broken)
+    with pytest.raises(AdapterError, match=r"read back: base_model\.model\.\S+ holds NaN"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path / "adapter", verify=False)
 
 
 def test_an_adapter_whose_settings_changed(adapted, tmp_path, monkeypatch):

@@ -18,8 +18,9 @@ log = get_logger(__name__)
 
 
 def verify_adapter(folder: Path, tensors: Mapping[str, np.ndarray], config: LoraConfig) -> None:
-    """Raises unless `folder` holds these."""
+    """Raises unless `folder` holds these, and they can be loaded."""
     found = read_file(folder / peft_format.WEIGHTS_FILE)
+    adapter.require_finite(found, "The adapter, read back")
     for name in sorted({*tensors, *found}):
         if name not in tensors or name not in found or not _is_same(tensors[name], found[name]):
             raise ExportError(
