@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtune.compilation import enable_cache
 from jaxtune.device_memory import beside
 from jaxtune.errors import AdapterError, OptionError
+from jaxtune.export.card import read_run
 from jaxtune.inference.generate import ends as ends_with
 from jaxtune.language_model import LanguageModel
 from jaxtune.loading import new_tokens as new_token_rows
@@ -178,6 +179,7 @@ class FastLanguageModel:
             full_finetuning=full_finetuning,
             own_parts=frozenset(params if full_finetuning else tables),
             cache_dir=cache_dir,
+            last_run=read_run(described.adapter_folder or described.folder),
         )
         return model, described.tokenizer
 
@@ -282,7 +284,12 @@ class FastLanguageModel:
             model.gradient_checkpointing if use_gradient_checkpointing is None else use_gradient_checkpointing
         )
         return dataclasses.replace(
-            model, causal_lm=causal_lm, params=params, lora=lora, gradient_checkpointing=checkpointing
+            model,
+            causal_lm=causal_lm,
+            params=params,
+            lora=lora,
+            gradient_checkpointing=checkpointing,
+            last_run=None,
         )
 
     @staticmethod
@@ -325,6 +332,7 @@ def without_weights(
         revision=described.revision,
         max_seq_length=described.max_seq_length,
         own_parts=frozenset(tables),
+        last_run=read_run(described.adapter_folder or described.folder),
     )
 
 

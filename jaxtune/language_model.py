@@ -77,7 +77,7 @@ class LanguageModel(Pushable):
     """The parts of `params` that are not the original checkpoint's: all after full fine-tuning, the embedding and an
     untied head after `add_new_tokens`. What is saved takes them from here."""
     last_run: LastRun | None = None
-    """What trained it, in this process: its model card says so."""
+    """What trained it, here or where its card was written: the next card says so."""
 
     def __post_init__(self):
         self.params, self.lora = committed(self.params), committed(self.lora)

@@ -21,6 +21,9 @@ from jaxtune.version import __version__
 CARD_FILE = "README.md"
 OURS = "<!-- Written by jaxtune when it saved this model. Without this line, it leaves the card alone. -->"
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.gguf")
+_METHOD = "method"
+"""The fact that those of a run begin with."""
+_ROW = re.compile(r"^\| ((?:\\.|[^|\\])+) \| ((?:\\.|[^|\\])*) \|$", re.MULTILINE)
 _HEAD = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
 
 
@@ -140,7 +143,8 @@ class Card(NamedTuple):
         return f"## Use\n\n{needs}```{self.form.language}\n{code}```"
 
     def _training(self) -> Iterator[str]:
-        facts = {**(adapter_facts(self.lora) if self.lora else {}), **(self.run.facts if self.run else {})}
+        run = {_METHOD: self.run.method, **self.run.facts} if self.run else {}
+        facts = {**(adapter_facts(self.lora) if self.lora else {}), **run}
         if facts:
             rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items())
             yield f"## Training\n\n| | |\n|---|---|\n{rows}"
@@ -163,6 +167,16 @@ def adapter_facts(config: LoraConfig) -> dict[str, str]:
         "began as": "" if config.init_lora_weights is True else str(config.init_lora_weights),
     }
     return {name: str(value) for name, value in facts.items() if value}
+
+
+def read_run(folder: Path) -> LastRun | None:
+    """The run that a card of ours in that folder tells of."""
+    card = folder / CARD_FILE
+    if not card.is_file() or not is_ours(card):
+        return None
+    rows = [(_text(name), _text(value)) for name, value in _ROW.findall(card.read_text(encoding="utf-8"))]
+    begin = next((i for i, (name, _) in enumerate(rows) if name == _METHOD), None)
+    return None if begin is None else LastRun(rows[begin][1], dict(rows[begin + 1 :]))
 
 
 def is_ours(card: Path) -> bool:
@@ -189,6 +203,10 @@ def _pairs(pattern: Sequence[tuple[str, float]]) -> str:
 
 def _cell(value: str) -> str:
     return value.replace("|", r"\|").replace("\n", " ")
+
+
+def _text(cell: str) -> str:
+    return cell.replace(r"\|", "|")
 
 
 def _is_on_hub(name: str) -> bool:

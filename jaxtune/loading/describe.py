@@ -27,6 +27,7 @@ Find = Callable[..., Path]
 class Described(NamedTuple):
     folder: Path
     """Of the base's weights."""
+    adapter_folder: Path | None
     name: str
     revision: str | None
     """Of the base."""
@@ -73,7 +74,17 @@ def describe(
         tokenizer_folder, eos_token_id=next(iter(ends), None), vocab_size=model.config.vocab_size
     )
     return Described(
-        folder, named.name, named.revision, base, model, lora, tables, tokenizer, ends, max_seq_length
+        folder,
+        None if adapter is None else adapter.folder,
+        named.name,
+        named.revision,
+        base,
+        model,
+        lora,
+        tables,
+        tokenizer,
+        ends,
+        max_seq_length,
     )
 
 

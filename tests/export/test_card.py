@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import yaml
 
-from jaxtune import SFTConfig, SFTTrainer
+from jaxtune import FastLanguageModel, SFTConfig, SFTTrainer
+from jaxtune.api import without_weights
 from jaxtune.export import card
 from jaxtune.export.card import CARD_FILE, OURS, Card
 from jaxtune.lora.config import LoraConfig
@@ -64,6 +65,19 @@ def test_settings_that_are_not_the_default_and_the_run():
     ):  # fmt: skip
         assert row in text
     assert "dropout" not in text and "DoRA" not in text
+
+
+@pytest.mark.parametrize(
+    "facts", [{}, {"a | b": "c | d", "pattern": r"`.*\.(q|k)_proj`", "rate": "1e-4, linear", "empty": ""}]
+)
+def test_a_run_is_read_back(tmp_path, facts):
+    made = Card(card.ADAPTER, "tuned", BASE, lora=LoraConfig(), run=LastRun("grpo", facts))
+    made.write(tmp_path)
+    assert card.read_run(tmp_path) == made.run
+    made._replace(run=None).write(tmp_path)
+    assert card.read_run(tmp_path) is None
+    (tmp_path / CARD_FILE).write_text(str(made).replace(OURS, ""))
+    assert card.read_run(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -154,6 +168,11 @@ def test_every_folder_has_one(tmp_path):
     assert "mine" in head_of(cards[0])["tags"] and head_of(cards[1])["datasets"] == ["a/b"]
     assert added.name in cards[3] and gguf.name in cards[2] and "F32" in also.name
     assert (tmp_path / "run" / "checkpoint-1" / CARD_FILE).is_file()
+    for folder in (tmp_path / "tuned", tmp_path / "merged"):  # so that what is exported later says it too
+        assert without_weights(folder).last_run == model.last_run
+    loaded, _ = FastLanguageModel.from_pretrained(tmp_path / "merged")
+    assert loaded.last_run == model.last_run
+    assert FastLanguageModel.get_peft_model(loaded).last_run is None
     again = dataclasses.replace(model, last_run=None)
     again.save_pretrained(tmp_path / "tuned")
     assert "steps" not in (tmp_path / "tuned" / CARD_FILE).read_text()
