@@ -71,8 +71,11 @@ def on_device(x: jax.Array) -> jax.Array:
 
 def committed(tree: Any) -> Any:
     """The same arrays, committed to the one device that they are on, as programs return theirs. To the compilation
-    cache a program that takes others is another program. Arrays of several devices come back as they are."""
+    cache a program that takes others is another program. The tree itself where all are, or some are on several devices,
+    or are traced."""
     arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+    if any(isinstance(x, jax.core.Tracer) for x in arrays) or all(x.committed for x in arrays):
+        return tree
     if len(set().union(*(x.sharding.device_set for x in arrays))) != 1:
         return tree
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding) if isinstance(x, jax.Array) else x, tree)

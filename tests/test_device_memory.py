@@ -1,6 +1,10 @@
 """What is free is said without hope: by the smallest of what the machine and the container have, rounded down."""
 
-from jaxtune.device_memory import free_of_host, gb_free, gb_needed
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune.device_memory import committed, free_of_host, gb_free, gb_needed
 
 KB = 1024
 
@@ -34,3 +38,20 @@ def test_a_machine_that_says_nothing_has_its_memory(tmp_path):
 def test_what_is_needed_rounds_up_and_what_is_free_down():
     assert gb_needed(9_910_000_000) == "10.0 GB"
     assert gb_free(9_990_000_000) == "9.9 GB"
+
+
+class TestCommitted:
+    def test_what_is_not_is_committed(self):
+        x = jnp.arange(3)
+        tree = committed({"a": x, "b": np.arange(3), "c": None})
+        assert tree["a"].committed and not x.committed
+        np.testing.assert_array_equal(tree["a"], x)
+        assert isinstance(tree["b"], np.ndarray)
+
+    def test_what_is_stays_itself(self):
+        tree = committed({"a": jnp.arange(3), "b": np.arange(3)})
+        assert committed(tree) is tree
+        assert committed(None) is None
+
+    def test_what_is_traced_stays_itself(self):
+        jax.eval_shape(lambda x: committed([x, jnp.arange(3)]), jnp.arange(3))
