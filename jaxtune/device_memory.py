@@ -69,14 +69,15 @@ def on_device(x: jax.Array) -> jax.Array:
     return jax.device_put(x, jax.memory.Space.Device)
 
 
-def committed(tree: Any) -> Any:
-    """The same arrays, committed to the one device that they are on, as programs return theirs. To the compilation
-    cache a program that takes others is another program. The tree itself where all are, or some are on several devices,
-    or are traced."""
-    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
-    if any(isinstance(x, jax.core.Tracer) for x in arrays) or all(x.committed for x in arrays):
+def committed(tree: Any, met: Any = None) -> Any:
+    """The same arrays, committed to the one device that they and those that they meet in programs are on.
+
+    A program's results are committed if any of its arguments is, and for the compilation cache programs of committed
+    arrays are others than those of uncommitted ones. Arrays on several devices, or traced, are left as they are."""
+    arrays, others = ([x for x in jax.tree.leaves(each) if isinstance(x, jax.Array)] for each in (tree, met))
+    if any(isinstance(x, jax.core.Tracer) for x in arrays + others) or all(x.committed for x in arrays):
         return tree
-    if len(set().union(*(x.sharding.device_set for x in arrays))) != 1:
+    if len(set().union(*(x.sharding.device_set for x in arrays + others))) != 1:
         return tree
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding) if isinstance(x, jax.Array) else x, tree)
 

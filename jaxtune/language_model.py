@@ -77,10 +77,10 @@ class LanguageModel(Pushable):
     """The parts of `params` that are not the original checkpoint's: all after full fine-tuning, the embedding and an
     untied head after `add_new_tokens`. What is saved takes them from here."""
     last_run: LastRun | None = None
-    """What trained it, here or where its card was written: the next card says so."""
+    """The run that trained it, in this process or as the card of its folder has it: for the next card."""
 
     def __post_init__(self):
-        self.params, self.lora = committed(self.params), committed(self.lora)
+        self.params, self.lora = committed(self.params, self.lora), committed(self.lora, self.params)
 
     def apply(self, params: Params, lora: Lora | None, tokens: jax.Array, **where: jax.Array) -> jax.Array:
         """Logits [B, T, V] in float32, as a pure function; `lora=None` is the base model. See `CausalLM.apply`."""
@@ -174,7 +174,8 @@ class LanguageModel(Pushable):
                 "The adapter in %s was trained on %s; here it is added to %s.",
                 folder, found.base, self.name_or_path,
             )  # fmt: skip
-        return LoraRequest(str(save_directory), adapted.model, jax.tree.map(jnp.asarray, adapted.lora))
+        lora = committed(jax.tree.map(jnp.asarray, adapted.lora), self.params)
+        return LoraRequest(str(save_directory), adapted.model, lora)
 
     def module_names(self, path: names.Path) -> list[str]:
         """The Hugging Face name of each repeat of a stacked module."""

@@ -54,4 +54,16 @@ class TestCommitted:
         assert committed(None) is None
 
     def test_what_is_traced_stays_itself(self):
-        jax.eval_shape(lambda x: committed([x, jnp.arange(3)]), jnp.arange(3))
+        @jax.jit
+        def same(x):
+            tree = [x, jnp.arange(3)]
+            assert committed(tree) is tree
+            return x
+
+        same(jnp.arange(3))
+
+    def test_what_meets_another_device_may_follow(self):
+        here, there = jnp.arange(3), jax.device_put(jnp.arange(3), jax.devices()[1])
+        for tree, met in (([here, there], None), ([here], [there]), ([here], there)):
+            assert committed(tree, met) is tree
+        assert committed([here], [jnp.arange(4)])[0].committed

@@ -26,7 +26,7 @@ FLAGS = {
     "token": "--token",
     "verify": "--verify",
 }
-"""By what options are called in Python."""
+"""What is called so in Python."""
 
 
 @in_shell.errors(FLAGS)

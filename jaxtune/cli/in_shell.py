@@ -1,4 +1,4 @@
-"""What errors say of options in Python, as the shell has it: `verify=False` is `--no-verify`."""
+"""Errors that say `verify=False`, as one would in Python, say `--no-verify` in the shell."""
 
 import contextlib
 import re
@@ -10,7 +10,7 @@ from jaxtune.errors import JaxtuneError
 
 @contextlib.contextmanager
 def errors(flags: Mapping[str, str]) -> Iterator[None]:
-    """Those that are raised inside name options by their flags."""
+    """Whatever jaxtune raises inside has the shell's `flags` for the options that Python calls so."""
     try:
         yield
     except JaxtuneError as error:
@@ -21,6 +21,8 @@ def errors(flags: Mapping[str, str]) -> Iterator[None]:
 
 
 def with_flags(text: str, flags: Mapping[str, str]) -> str:
+    """Names without a value are options only where they could be no words."""
+
     def in_shell(option: re.Match) -> str:
         name, quoted, word = option.group("name", "quoted", "word")
         flag = flags[name]
@@ -29,6 +31,8 @@ def with_flags(text: str, flags: Mapping[str, str]) -> str:
         value = quoted[1:-1] if quoted else word
         return flag if value in (None, "True") else f"{flag} {shlex.quote(value)}"
 
-    return re.sub(
-        rf"\b(?P<name>{'|'.join(flags)})=(?:(?P<quoted>'[^']*'|\"[^\"]*\")|(?P<word>\w+))?", in_shell, text
-    )
+    names, no_words = ("|".join(each) for each in (flags, (name for name in flags if "_" in name)))
+    outside_paths = r"(?<![\w/?&.-])"
+    value = r"(?:(?P<quoted>'[^']*'|\"[^\"]*\")|(?P<word>-?\w+)|(?=[\s.,:;)]|$))"
+    text = re.sub(rf"{outside_paths}(?P<name>{names})={value}", in_shell, text)
+    return re.sub(rf"{outside_paths}({no_words})(?![\w/=])", lambda option: flags[option[1]], text)

@@ -21,9 +21,9 @@ from jaxtune.version import __version__
 CARD_FILE = "README.md"
 OURS = "<!-- Written by jaxtune when it saved this model. Without this line, it leaves the card alone. -->"
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.gguf")
+_TRAINING = "## Training"
 _METHOD = "method"
-"""The fact that those of a run begin with."""
-_ROW = re.compile(r"^\| ((?:\\.|[^|\\])+) \| ((?:\\.|[^|\\])*) \|$", re.MULTILINE)
+"""The first fact of a run, behind those of its adapter."""
 _HEAD = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
 
 
@@ -143,11 +143,13 @@ class Card(NamedTuple):
         return f"## Use\n\n{needs}```{self.form.language}\n{code}```"
 
     def _training(self) -> Iterator[str]:
-        run = {_METHOD: self.run.method, **self.run.facts} if self.run else {}
-        facts = {**(adapter_facts(self.lora) if self.lora else {}), **run}
-        if facts:
-            rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items())
-            yield f"## Training\n\n| | |\n|---|---|\n{rows}"
+        of_adapter = adapter_facts(self.lora) if self.lora else {}
+        of_run = {_METHOD: self.run.method, **self.run.facts} if self.run else {}
+        rows = [
+            f"| {_cell(name)} | {_cell(value)} |" for name, value in (*of_adapter.items(), *of_run.items())
+        ]
+        if rows:
+            yield "\n".join([f"{_TRAINING}\n", "| | |", "|---|---|", *rows])
 
 
 def adapter_facts(config: LoraConfig) -> dict[str, str]:
@@ -171,12 +173,17 @@ def adapter_facts(config: LoraConfig) -> dict[str, str]:
 
 def read_run(folder: Path) -> LastRun | None:
     """The run that a card of ours in that folder tells of."""
-    card = folder / CARD_FILE
-    if not card.is_file() or not is_ours(card):
+    try:
+        text = (folder / CARD_FILE).read_text(encoding="utf-8", errors="replace")
+    except OSError:
         return None
-    rows = [(_text(name), _text(value)) for name, value in _ROW.findall(card.read_text(encoding="utf-8"))]
-    begin = next((i for i, (name, _) in enumerate(rows) if name == _METHOD), None)
-    return None if begin is None else LastRun(rows[begin][1], dict(rows[begin + 1 :]))
+    if OURS not in text:
+        return None
+    section = text.partition(f"\n{_TRAINING}\n")[2].partition("\n#")[0]
+    rows = [_cells(line) for line in section.splitlines() if line.startswith("|")]
+    facts = [(name, value) for name, value in (row for row in rows if len(row) == 2) if name.strip("-:")]
+    begin = next((i for i, (name, _) in enumerate(facts) if name == _METHOD), None)
+    return None if begin is None else LastRun(facts[begin][1], dict(facts[begin + 1 :]))
 
 
 def is_ours(card: Path) -> bool:
@@ -205,8 +212,9 @@ def _cell(value: str) -> str:
     return value.replace("|", r"\|").replace("\n", " ")
 
 
-def _text(cell: str) -> str:
-    return cell.replace(r"\|", "|")
+def _cells(row: str) -> list[str]:
+    """Of a row of a table, which begins and ends with a bar."""
+    return [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", row.strip())[1:-1]]
 
 
 def _is_on_hub(name: str) -> bool:

@@ -86,13 +86,14 @@ def read_weights(adapter: AdapterFolder, base: CausalLM) -> Adapted:
     return Adapted(model, lora, tables)
 
 
-def require_finite(tensors: Mapping[str, np.ndarray], source: str) -> None:
+def require_finite(tensors: Mapping[str, np.ndarray], source: str, otherwise: str = "") -> None:
+    """`otherwise` is what else can be done."""
     broken = [name for name, tensor in tensors.items() if not np.isfinite(tensor.astype(np.float32)).all()]
     if broken:
         raise AdapterError(
             f"{source}: {broken[0]} holds NaN or infinite values.",
             expected="finite weights.",
-            fix="Use an adapter from before its training diverged.",
+            fix=f"Use an adapter from before its training diverged.{otherwise}",
         )
 
 

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxtune.device_memory import committed
 from jaxtune.training.losses import MicroBatch, Tree, WatchedLoss, trained_tokens
 from jaxtune.training.rounding import add_rounded
 from jaxtune.training.schedules import Schedule
@@ -42,7 +41,7 @@ def init_state(
     """The state before the first step, of a copy: steps donate their state. `consume=True` spares the copy, and the
     first step destroys what was given."""
     trained = trained if consume else jax.tree.map(jnp.copy, trained)
-    return committed(TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(_float32(trained))))
+    return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(_float32(trained)))
 
 
 def value_and_grad(

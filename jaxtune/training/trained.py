@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import jax
 import optax
 
+from jaxtune.device_memory import committed
 from jaxtune.models.causal_lm import CausalLM, Lora, Params
 from jaxtune.reporting.last_run import LastRun
 from jaxtune.training.optimizers import averaged
@@ -42,7 +43,7 @@ class Trained:
     def __init__(self, model: Trainable, optimizer: optax.GradientTransformation):
         self.model, self.is_all = model, model.lora is None
         trained, self.frozen = (model.params, {}) if model.lora is None else (model.lora, model.params)
-        self.state = init_state(trained, optimizer, consume=self.is_all)
+        self.state = committed(init_state(trained, optimizer, consume=self.is_all), met=self.frozen)
         if not self.is_all:
             model.lora = jax.device_get(model.lora)
 

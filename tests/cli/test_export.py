@@ -164,7 +164,9 @@ def test_what_cannot_be_done_is_said_at_once(case, here, capsys):
 
 def test_a_base_for_a_model_that_has_none(made, capsys):
     run(made.base, "--base-model", made.base, code=1)
-    assert f"--base-model {made.base}, and {made.base} is no adapter" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"--base-model {made.base}, and {made.base} is no adapter" in said
+    assert "Leave --base-model out." in said
 
 
 @pytest.mark.parametrize("to", ["gguf", "merged_16bit"])
@@ -246,7 +248,19 @@ def test_a_listed_size_is_the_file_s(made, here):
         ('Use quantization_method="bf16" or "f32".', 'Use --quantization-method bf16 or "f32".'),
         ("set HF_TOKEN or pass token=.", "set HF_TOKEN or pass --token."),
         ("verify=False writes it; save_method=1 is none.", "--no-verify writes it; --to 1 is none."),
-        ("Set max_tokens=5 and verify == 3.", "Set max_tokens=5 and verify == 3."),
+        ("Leave base_model out.", "Leave --base-model out."),
+        ("max_seq_length=-1.", "--max-seq-length -1."),
+        *[
+            (same, same)
+            for same in (
+                "Set max_tokens=5 and verify == 3.",
+                "/data/token=abc/base_model/m",
+                "https://hub/x?token=hf_",
+                "base_model_name_or_path",
+                "the token",
+                "quantization_method=['a', 'b']",
+            )
+        ],
     ],
 )
 def test_options_are_called_what_the_shell_calls_them(in_python, in_shell):

@@ -68,11 +68,22 @@ def test_settings_that_are_not_the_default_and_the_run():
 
 
 @pytest.mark.parametrize(
-    "facts", [{}, {"a | b": "c | d", "pattern": r"`.*\.(q|k)_proj`", "rate": "1e-4, linear", "empty": ""}]
+    "facts",
+    [
+        {},
+        {"a | b": "c | d", "pattern": r"`.*\.(q|k)_proj`", "rate": "1e-4, linear", "empty": "", "rank": "9"},
+        {"folder": "C:\\x\\", "escaped": r"q\|k"},
+    ],
 )
 def test_a_run_is_read_back(tmp_path, facts):
     made = Card(card.ADAPTER, "tuned", BASE, lora=LoraConfig(), run=LastRun("grpo", facts))
     made.write(tmp_path)
+    assert card.read_run(tmp_path) == made.run
+    edited = "| Benchmark | Score |\n| :--- | ---: |\n| MMLU | 61.2 |\n"
+    for text in (f"{made}\n## Evaluation\n\n{edited}", str(made).replace("## Use", f"{edited}\n## Use")):
+        (tmp_path / CARD_FILE).write_text(text.replace("| method |", "|  method   |"))
+        assert card.read_run(tmp_path) == made.run
+    (tmp_path / CARD_FILE).write_bytes(str(made).replace("## Use", "für").encode("latin-1"))
     assert card.read_run(tmp_path) == made.run
     made._replace(run=None).write(tmp_path)
     assert card.read_run(tmp_path) is None

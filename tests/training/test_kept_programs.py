@@ -1,6 +1,6 @@
 """What one run has compiled, the next one finds in the compilation cache, whatever the state that it begins with."""
 
-import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -14,7 +14,8 @@ ROWS = [{"input_ids": np.random.default_rng(i).integers(0, 128, 20).tolist()} fo
 
 
 @pytest.fixture
-def programs_of_steps(tmp_path):
+def programs(tmp_path):
+    """Of a name, those that were compiled."""
     kept = {
         "jax_compilation_cache_dir": str(tmp_path / "cache"),
         "jax_persistent_cache_min_compile_time_secs": 0,
@@ -23,10 +24,17 @@ def programs_of_steps(tmp_path):
     for name, value in kept.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
-    yield lambda: sorted((tmp_path / "cache").glob("jit_step-*-cache"))
+    yield lambda name: sorted((tmp_path / "cache").glob(f"jit_{name}-*-cache"))
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+def fresh_model():
+    causal_lm = tiny.model(windows=(None,), vocab_size=models.VOCAB)
+    return LanguageModel(
+        causal_lm, tiny.params(causal_lm), tiny.lora(causal_lm), models.tokenizer(), name_or_path="base"
+    )
 
 
 def train(model, folder, resume=None):
@@ -35,13 +43,32 @@ def train(model, folder, resume=None):
     SFTTrainer(model, config, train_dataset=ROWS).train(resume_from_checkpoint=resume)
 
 
-def test_a_run_has_one_program_fresh_resumed_and_of_a_trained_model(tmp_path, programs_of_steps):
-    causal_lm = tiny.model(windows=(None,), vocab_size=models.VOCAB)
-    fresh = LanguageModel(causal_lm, tiny.params(causal_lm), tiny.lora(causal_lm), models.tokenizer())
-    model = dataclasses.replace(fresh)
+def test_a_run_has_one_program_fresh_resumed_and_of_a_trained_model(tmp_path, programs):
+    model = fresh_model()
     train(model, tmp_path / "a")
-    first = programs_of_steps()
+    first = programs("step")
     assert len(first) == 1
     train(model, tmp_path / "b")
-    train(dataclasses.replace(fresh), tmp_path / "a", resume=tmp_path / "a" / "checkpoint-2")
-    assert programs_of_steps() == first
+    train(fresh_model(), tmp_path / "a", resume=tmp_path / "a" / "checkpoint-2")
+    assert programs("step") == first
+
+
+def test_a_trained_model_generates_by_the_programs_it_had(tmp_path, programs):
+    model = fresh_model()
+    answer = functools.partial(model.generate, np.arange(1, 9)[None], max_new_tokens=2)
+    answer()
+    first = programs("_generate")
+    assert first
+    train(model, tmp_path / "a")
+    answer()
+    model.save_lora(tmp_path / "lora")
+    answer(lora_request=model.load_lora(tmp_path / "lora"))
+    assert programs("_generate") == first
+
+
+def test_a_model_on_another_device_is_trained_there(tmp_path):
+    model, there = fresh_model(), jax.devices()[1]
+    model.params = jax.device_put(model.params, there)
+    model.lora = jax.tree.map(np.asarray, model.lora)
+    train(model, tmp_path / "a")
+    assert all(x.devices() == {there} for x in jax.tree.leaves(model.lora))
