@@ -179,7 +179,7 @@ class FastLanguageModel:
             full_finetuning=full_finetuning,
             own_parts=frozenset(params if full_finetuning else tables),
             cache_dir=cache_dir,
-            last_run=read_run(described.adapter_folder or described.folder),
+            last_run=read_run(described.own_folder),
         )
         return model, described.tokenizer
 
@@ -332,7 +332,7 @@ def without_weights(
         revision=described.revision,
         max_seq_length=described.max_seq_length,
         own_parts=frozenset(tables),
-        last_run=read_run(described.adapter_folder or described.folder),
+        last_run=read_run(described.own_folder),
     )
 
 

@@ -14,18 +14,13 @@ from jaxtune.cli import in_shell, report
 from jaxtune.errors import OptionError, nearest
 
 GGUF = "gguf"
-FLAGS = {
-    "save_method": "--to",
-    "quantization_method": "--quantization-method",
-    "imatrix_file": "--imatrix-file",
-    "max_shard_size": "--max-shard-size",
-    "base_model": "--base-model",
-    "original_model": "--original-model",
-    "dequantize": "--dequantize",
-    "max_seq_length": "--max-seq-length",
-    "token": "--token",
-    "verify": "--verify",
-}
+FLAGS = {"save_method": "--to"} | {
+    name: f"--{name.replace('_', '-')}"
+    for name in (
+        "quantization_method", "imatrix_file", "max_shard_size", "base_model", "original_model", "dequantize",
+        "max_seq_length", "token", "verify",
+    )
+}  # fmt: skip
 """What is called so in Python."""
 
 

@@ -27,7 +27,8 @@ Find = Callable[..., Path]
 class Described(NamedTuple):
     folder: Path
     """Of the base's weights."""
-    adapter_folder: Path | None
+    own_folder: Path
+    """Of what was named: the adapter's, or the same."""
     name: str
     revision: str | None
     """Of the base."""
@@ -58,9 +59,8 @@ def describe(
     folder, adapter = named.folder, named.adapter
     if adapter is not None:
         _refuse_full_finetuning(full_finetuning, f"{adapter.folder} is an adapter.")
-    tokenizer_folder = folder
-    if adapter is not None and (adapter.folder / "tokenizer.json").is_file():
-        tokenizer_folder = adapter.folder
+    own_folder = folder if adapter is None else adapter.folder
+    tokenizer_folder = own_folder if (own_folder / "tokenizer.json").is_file() else folder
     hf = read_config(folder, supported=FAMILIES)
     require_known(hf, folder)
     if hf.get("quantization_config"):
@@ -75,7 +75,7 @@ def describe(
     )
     return Described(
         folder,
-        None if adapter is None else adapter.folder,
+        own_folder,
         named.name,
         named.revision,
         base,
